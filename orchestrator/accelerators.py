@@ -1,0 +1,103 @@
+"""What Terrane knows of each kind of accelerator, and the pools that a cluster's nodes form by it.
+
+Ray knows no Hygon DCU: start such nodes with `--num-gpus N --labels terrane.io/accelerator=dcu`. A ROCm build of torch
+answers to the `torch.cuda` API, so a DCU is a "cuda" device to torch and DeepSpeed, with RCCL under the name nccl.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+LABEL = "terrane.io/accelerator"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accelerator:
+    name: str
+    ray_resource: str
+    """Ray's resource that counts the devices."""
+    visible_devices: str
+    """Environment variable that limits a process to its devices; empty where there is none."""
+    backend: str
+    """torch.distributed backend."""
+    torch_device: str
+    smi: tuple[str, ...]
+    """Commands that list the devices; the first one found on PATH tells that a machine has them."""
+
+
+CUDA = Accelerator(
+    name="cuda",
+    ray_resource="GPU",
+    visible_devices="CUDA_VISIBLE_DEVICES",
+    backend="nccl",
+    torch_device="cuda",
+    smi=("nvidia-smi",),
+)
+DCU = Accelerator(
+    name="dcu",
+    ray_resource="GPU",
+    visible_devices="HIP_VISIBLE_DEVICES",
+    backend="nccl",
+    torch_device="cuda",
+    smi=("hy-smi", "rocm-smi"),
+)
+CPU = Accelerator(
+    name="cpu", ray_resource="CPU", visible_devices="", backend="gloo", torch_device="cpu", smi=()
+)
+ACCELERATORS = {accelerator.name: accelerator for accelerator in (CUDA, DCU, CPU)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    id: str
+    address: str
+    cpus: float
+    gpus: float
+    memory_bytes: int
+    """Host memory that Ray may give to tasks and actors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodePool:
+    """Nodes with like devices: what one plan may span."""
+
+    accelerator: str
+    nodes: tuple[Node, ...]
+
+    def devices(self, cpus_per_worker: float) -> int:
+        """Devices that workers can take, node by node: a worker does not span two."""
+        if ACCELERATORS[self.accelerator].ray_resource == "GPU":
+            return sum(int(node.gpus) for node in self.nodes)
+        return sum(int(node.cpus / cpus_per_worker + 1e-9) for node in self.nodes)
+
+    def __str__(self) -> str:
+        return f"{len(self.nodes)} x {self.accelerator}"
+
+
+def local_accelerator() -> Accelerator:
+    """The accelerator of this machine, by the tools on its PATH."""
+    for accelerator in (CUDA, DCU):
+        for command in accelerator.smi:
+            if shutil.which(command) and subprocess.run([command], capture_output=True).returncode == 0:
+                return accelerator
+    return CPU
+
+
+def prepare_process(accelerator: Accelerator) -> None:
+    """Set what torch and DeepSpeed read from the environment. Call it before importing either.
+
+    The directory of compiled extensions is kept with the Python environment, so that what `make .venv` built is found.
+    """
+    extensions = Path(sys.prefix) / "torch_extensions"
+    if os.access(sys.prefix, os.W_OK):
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions))
+    os.environ["DS_ACCELERATOR"] = accelerator.torch_device
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    bin_directory = str(Path(sys.executable).parent)  # ninja and the compiler wrappers of an unactivated environment
+    if bin_directory not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([bin_directory, os.environ.get("PATH", "")])

@@ -1,0 +1,356 @@
+"""Recipe: the one YAML file a user writes. Read, checked and frozen here, before anything is started.
+
+`load_recipe(path, overrides)` is the only way in. The text under a field is its documentation: it feeds the JSON
+schema and the messages.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import sysconfig
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from orchestrator.errors import UserError
+
+FORMAT = 1
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Source(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    path: str
+    """File, directory or glob, on a local path or s3://. `${site_packages}` stands for the running Python's."""
+    include: tuple[str, ...] = ()
+    """File name patterns to take from a directory; empty takes every format that Terrane reads."""
+
+
+class CorpusConfig(Section):
+    sources: tuple[Source, ...] = Field(min_length=1)
+    held_out: float = Field(default=0.01, gt=0, lt=0.5)
+    """Share of the documents kept out of training for evaluation."""
+    min_characters: int = Field(default=200, ge=1)
+    """Shorter documents are dropped, with that reason."""
+
+    @model_validator(mode="after")
+    def names_are_unique(self) -> Self:
+        names = [source.name for source in self.sources]
+        if len(set(names)) != len(names):
+            raise ValueError(f"two sources share a name: {', '.join(names)}")
+        return self
+
+
+class TokenizerConfig(Section):
+    path: str | None = None
+    """A Hugging Face tokenizer directory; without one a byte-level BPE is trained on the corpus."""
+    vocab_size: int = Field(default=50_000, ge=300)
+    """Of the trained tokenizer, special tokens included."""
+    sample_mib: int = Field(default=64, ge=1)
+    """MiB of text that the tokenizer is trained on, a random sample of the training documents."""
+
+
+class ModelConfig(Section):
+    path: str | None = None
+    """A Hugging Face model directory to adapt. Without one a model is made from random weights."""
+    architecture: Literal["galactica"] = "galactica"
+    """Decoder of the Galactica family (OPT layout, GeLU, no biases, learned positions)."""
+    layers: int = Field(default=12, ge=1)
+    hidden_size: int = Field(default=768, ge=8)
+    heads: int = Field(default=12, ge=1)
+
+    @model_validator(mode="after")
+    def heads_divide_hidden(self) -> Self:
+        if self.hidden_size % self.heads:
+            raise ValueError(f"heads={self.heads} does not divide hidden_size={self.hidden_size}")
+        return self
+
+
+class Workers(Section):
+    min: int = Field(default=1, ge=1)
+    max: int = Field(default=1024, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def one_number_means_exactly(cls, value: Any) -> Any:
+        return {"min": value, "max": value} if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def ordered(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min={self.min} is more than max={self.max}")
+        return self
+
+
+class TrainConfig(Section):
+    sequence_length: int = Field(default=2048, ge=8)
+    """Tokens."""
+    global_batch_size: int = Field(default=256, ge=1)
+    """Sequences a step, whatever the number of workers."""
+    steps: int = Field(ge=1)
+    lr: float = Field(gt=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Linear and cosine decay to a tenth of `lr` at the last step."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(default=0.1, ge=0)
+    clip_norm: float = Field(default=1.0, gt=0)
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto takes bf16 where the device computes it natively, else fp16, and fp32 on a CPU."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    checkpoint_every: int = Field(default=100, ge=1)
+    """Steps."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    workers: Workers = Workers()
+    """A number, or {min, max}. One worker drives one device."""
+    cpus_per_worker: float = Field(default=1.0, gt=0)
+    """CPUs that Ray reserves for a worker; on a CPU pool this is what a device is."""
+    max_restarts: int = Field(default=10, ge=0)
+    """Attempts after the first before the run is given up. An attempt that commits a checkpoint starts the count anew."""
+
+
+class EvaluationConfig(Section):
+    held_out_sequences: int = Field(default=256, ge=1)
+    """Held-out sequences that perplexity is taken on."""
+
+
+class ServingConfig(Section):
+    prompts: tuple[str, ...] = ()
+    """`terrane run` serves the exported model once, asks these and records the answers."""
+    max_tokens: int = Field(default=32, ge=1)
+    min_replicas: int = Field(default=1, ge=0)
+    max_replicas: int = Field(default=1, ge=1)
+    cpus_per_replica: float = Field(default=1.0, gt=0)
+
+    @model_validator(mode="after")
+    def ordered(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas={self.min_replicas} is more than max_replicas={self.max_replicas}")
+        return self
+
+
+class Fault(Section):
+    """A failure to inject once, to see the run survive it."""
+
+    kind: Literal["kill_rank"]
+    rank: int = Field(ge=0)
+    step: int = Field(ge=1)
+
+
+class Recipe(Section):
+    format: Literal[1] = FORMAT
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """Of the run: it lives in `<storage>/<name>`."""
+    storage: str = "runs"
+    """Local directory (shared by all nodes of a cluster) or s3://bucket/prefix."""
+    corpus: CorpusConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    serving: ServingConfig = ServingConfig()
+    faults: tuple[Fault, ...] = ()
+
+    def digest_of(self, *sections: str) -> str:
+        """Hash of the named values (`corpus`, `train.sequence_length`): what a stage's result depends on."""
+        import xxhash
+
+        values = flatten(self.model_dump(mode="json"))
+        chosen = {k: v for k, v in values.items() if any(k == s or k.startswith(s + ".") for s in sections)}
+        return str(xxhash.xxh3_128_hexdigest(json.dumps(chosen, sort_keys=True).encode()))
+
+
+# Values that may change between two commands on one run: they steer how the run goes on, not what it computes.
+MUTABLE = (
+    "storage",
+    "evaluation",
+    "serving",
+    "faults",
+    "train.workers",
+    "train.cpus_per_worker",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.max_restarts",
+)
+
+
+def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe and apply dotted overrides (`train.lr=1e-4`).
+
+    Raises:
+        UserError: with the file, line and dotted name of each wrong value, and the nearest right name for a wrong key.
+    """
+    document = _parse(str(path), _read(path))
+    for override in overrides:
+        document.apply(override)
+    try:
+        return Recipe.model_validate(document.values)
+    except ValidationError as error:
+        raise _explain(document, error) from None
+
+
+def changed_values(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Lines such as `train.lr was 0.001, is 0.002` for values that must not change within a run."""
+    before, after = flatten(old), flatten(new)
+    return [
+        f"{key} was {json.dumps(before.get(key))}, is {json.dumps(after.get(key))}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not any(key == m or key.startswith(m + ".") for m in MUTABLE)
+    ]
+
+
+def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; lists stay whole, since their order is their meaning."""
+    if not isinstance(values, dict):
+        return {prefix: values}
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def expand_path(path: str) -> str:
+    """Replace `${site_packages}` and a leading `~`."""
+    path = path.replace("${site_packages}", sysconfig.get_paths()["purelib"])
+    return path if "://" in path else str(Path(path).expanduser())
+
+
+# --- YAML with line numbers -------------------------------------------------------------------------------------------
+
+_PLACE = tuple[str, ...]
+
+
+class _Document:
+    """Plain values of a YAML file, and where each of them stands."""
+
+    def __init__(self, file: str, values: Any, lines: dict[_PLACE, int]) -> None:
+        self.file = file
+        self.values = values
+        self.places = {place: f"{file}:{line}" for place, line in lines.items()}
+
+    def apply(self, override: str) -> None:
+        key, separator, text = override.partition("=")
+        parts = key.split(".")
+        if not separator or not all(parts):
+            raise UserError(f"cannot read {override!r} as key=value", "write it as in train.lr=1e-4")
+        try:
+            value = yaml.load(text, _Loader)
+        except yaml.YAMLError:
+            raise UserError(f"cannot read the value of {override!r} as YAML") from None
+        node: Any = self.values
+        for depth, part in enumerate(parts):
+            self.places[tuple(parts[: depth + 1])] = f"command line, {override}:"
+            if isinstance(node, list):
+                part = int(part) if part.isdigit() and int(part) < len(node) else -1  # type: ignore[assignment]
+                if part == -1:
+                    raise UserError(f"{override!r}: {'.'.join(parts[:depth])} has {len(node)} entries, from 0")
+            elif not isinstance(node, dict):
+                raise UserError(f"{override!r}: {'.'.join(parts[:depth])} is a value and has no fields")
+            if depth == len(parts) - 1:
+                node[part] = value
+            else:
+                node = node.setdefault(part, {}) if isinstance(node, dict) else node[part]
+
+    def place_of(self, location: _PLACE) -> str:
+        for length in range(len(location), -1, -1):
+            if location[:length] in self.places:
+                return self.places[location[:length]]
+        return self.file
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2 numbers (`1e-4` is a float) and booleans (only true and false)."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$", re.IGNORECASE), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+
+
+def _read(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"no recipe at {path}", "jobs/recipes/ has examples") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the recipe {path}: {error}") from None
+
+
+def _parse(file: str, text: str) -> _Document:
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        lines: dict[_PLACE, int] = {}
+        if node is not None:
+            _collect_lines(file, node, (), lines)
+        values = loader.construct_document(node) if node is not None else None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{file}:{mark.line + 1}" if mark else file
+        raise UserError(f"{place} is not YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file} holds no recipe", "jobs/recipes/ has examples")
+    return _Document(file, values, lines)
+
+
+def _collect_lines(file: str, node: yaml.Node, place: _PLACE, lines: dict[_PLACE, int]) -> None:
+    lines.setdefault(place, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            inner = (*place, str(key.value))
+            if inner in lines:
+                raise UserError(f"{file}:{key.start_mark.line + 1} {'.'.join(inner)} stands twice")
+            lines[inner] = key.start_mark.line + 1
+            _collect_lines(file, value, inner, lines)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            _collect_lines(file, value, (*place, str(index)), lines)
+
+
+def _explain(document: _Document, error: ValidationError) -> UserError:
+    messages, hint = [], ""
+    for item in error.errors():
+        location = tuple(str(part) for part in item["loc"])
+        dotted = ".".join(location)
+        if item["type"] == "extra_forbidden":
+            known = _fields_at(location[:-1])
+            close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+            hint = hint or (f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}")
+            message = f"{document.place_of(location)} {dotted} is not a key of a recipe"
+        elif item["type"] == "missing":
+            message = f"{document.place_of(location)} {dotted} is missing"
+        else:
+            text = item["msg"].removeprefix("Value error, ")
+            text = text[0].lower() + text[1:]
+            value = "" if isinstance(item["input"], (dict, list)) else f"={json.dumps(item['input'], default=str)}"
+            message = f"{document.place_of(location)} {dotted}{value}: {text}"
+        messages.append(message)
+    return UserError("\n       ".join(messages), hint)
+
+
+def _fields_at(location: _PLACE) -> list[str]:
+    """Names of the fields of the section at a place in a recipe."""
+    section: Any = Recipe
+    for part in location:
+        if part.isdigit():
+            continue
+        annotation = section.model_fields[part].annotation
+        candidates = [annotation, *get_args(annotation)]
+        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        if section is None:
+            return []
+    return list(section.model_fields)

@@ -1,0 +1,40 @@
+"""The errors a user can cause or must act on. Everything else is a bug and keeps its traceback."""
+
+
+class UserError(Exception):
+    """The user's input is wrong: exit code 2, no traceback.
+
+    Args:
+        message: names the value, and the place where it stands where there is one.
+        hint: the next step, one line.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __reduce__(self) -> tuple[type["UserError"], tuple[str, str]]:
+        return type(self), (self.message, self.hint)
+
+
+class PlanError(UserError):
+    """No layout of the model fits the devices; the message says what is short and the hint what would do."""
+
+
+class StorageError(UserError):
+    """A storage URI cannot be read or written as asked."""
+
+
+class RunFailed(UserError):
+    """The input was fine and the run still ended without its result: exit code 1."""
+
+    exit_code = 1
+
+
+class Interrupted(RunFailed):
+    """The user stopped the run (Ctrl-C or `terrane stop`); the same command goes on."""
+
+    exit_code = 130

@@ -1,0 +1,233 @@
+"""RunDir: every path name of a run, its claims and its event log. A path of a run is spelled here and nowhere else.
+
+    <storage>/<run>/
+      recipe.yaml  resolved.json
+      corpus/  events/  metrics/  attempts/  checkpoints/  evaluation/  serving/  model/
+      report.html  report.md
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator import storage
+from orchestrator.config import Recipe, changed_values
+from orchestrator.errors import RunFailed, UserError
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """A run directory on storage. Holds no state: two processes with the same uri see the same run."""
+
+    uri: str
+
+    # --- names --------------------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        return self.uri.rstrip("/").rsplit("/", 1)[-1]
+
+    def path(self, *parts: str) -> str:
+        return storage.join(self.uri, *parts)
+
+    @property
+    def resolved(self) -> str:
+        return self.path("resolved.json")
+
+    @property
+    def corpus(self) -> str:
+        return self.path("corpus")
+
+    @property
+    def corpus_manifest(self) -> str:
+        return self.path("corpus", "manifest.json")
+
+    @property
+    def tokenizer(self) -> str:
+        return self.path("corpus", "tokenizer")
+
+    @property
+    def checkpoints(self) -> str:
+        return self.path("checkpoints")
+
+    @property
+    def model(self) -> str:
+        return self.path("model")
+
+    @property
+    def model_manifest(self) -> str:
+        """Written last by an export; a model directory without it is unfinished."""
+        return self.path("model", "terrane.json")
+
+    @property
+    def answers(self) -> str:
+        return self.path("serving", "answers.json")
+
+    @property
+    def stop_request(self) -> str:
+        return self.path("stop.json")
+
+    @property
+    def report_html(self) -> str:
+        return self.path("report.html")
+
+    @property
+    def report_markdown(self) -> str:
+        return self.path("report.md")
+
+    def attempt(self, number: int) -> str:
+        return self.path("attempts", f"{number:03d}")
+
+    def plan(self, number: int) -> str:
+        """Its conditional creation is what claims the attempt."""
+        return storage.join(self.attempt(number), "plan.json")
+
+    def attempt_error(self, number: int) -> str:
+        return storage.join(self.attempt(number), "error.json")
+
+    def attempt_logs(self, number: int) -> str:
+        return storage.join(self.attempt(number), "logs")
+
+    def metrics(self, number: int) -> str:
+        return self.path("metrics", f"attempt-{number:03d}.jsonl")
+
+    def checkpoint(self, step: int) -> str:
+        return storage.join(self.checkpoints, f"step-{step:08d}")
+
+    def evaluation(self, step: int) -> str:
+        return self.path("evaluation", f"step-{step:08d}.json")
+
+    # --- content ------------------------------------------------------------------------------------------------------
+
+    def read_json(self, uri: str) -> Any | None:
+        """The JSON at uri, None where there is nothing."""
+        try:
+            return json.loads(storage.read(uri))
+        except FileNotFoundError:
+            return None
+
+    def write_json(self, uri: str, value: Any) -> None:
+        storage.write(uri, _dump(value))
+
+    def recipe(self) -> Recipe:
+        """
+        Raises:
+            UserError: there is no run here.
+        """
+        resolved = self.read_json(self.resolved)
+        if resolved is None:
+            raise UserError(f"no run at {self.uri}", "give the run directory, as in runs/tiny")
+        return Recipe.model_validate(resolved["recipe"])
+
+    def attempts(self) -> list[int]:
+        """Numbers of the claimed attempts, in order."""
+        names = storage.list_files(self.path("attempts"))
+        return sorted(int(name.split("/")[0]) for name in names if name.endswith("/plan.json"))
+
+    def claim_attempt(self, plan: dict[str, Any]) -> int:
+        """Take the next attempt number; two drivers never get the same one."""
+        number = max(self.attempts(), default=0) + 1
+        while not storage.create(self.plan(number), _dump({"claimed_by": holder(), **plan})):
+            number += 1
+        return number
+
+    def log_event(self, event: str, **facts: Any) -> None:
+        """Append one fact to the event log."""
+        record = {"event": event, "time": time.time(), "by": holder(), **facts}
+        number = max((int(name.split("-")[0]) for name in storage.list_files(self.path("events"))), default=0) + 1
+        while not storage.create(self.path("events", f"{number:06d}-{event}.json"), _dump(record)):
+            number += 1
+
+    def events(self) -> list[dict[str, Any]]:
+        """Every fact, in the order in which they were written."""
+        names = storage.list_files(self.path("events"))
+        return [json.loads(storage.read(self.path("events", name))) for name in names]
+
+    def metric_lines(self) -> list[dict[str, Any]]:
+        """All step records of all attempts, in attempt and then step order, each with its `attempt`."""
+        lines = []
+        for name in storage.list_files(self.path("metrics")):
+            attempt = int(name.removeprefix("attempt-").removesuffix(".jsonl"))
+            for text in storage.read(self.path("metrics", name)).decode().splitlines():
+                lines.append({"attempt": attempt, **json.loads(text)})
+        return lines
+
+    def loss_curve(self) -> dict[int, dict[str, Any]]:
+        """The record of every step that counts: where attempts overlap, the later one's."""
+        return {line["step"]: line for line in self.metric_lines()}
+
+    def claim_fault(self, index: int) -> bool:
+        """True once for each entry of `faults`: an injected failure does not come back after the restart."""
+        return storage.create(self.path("faults", f"{index:03d}.json"), _dump({"by": holder()}))
+
+
+def open_run(recipe: Recipe, source: str | None = None) -> RunDir:
+    """Create the run of a recipe, or find it again.
+
+    Args:
+        source: the recipe file's text, kept beside the resolved values.
+
+    Raises:
+        UserError: the storage cannot be written, or the run was begun with other values.
+    """
+    root = storage.absolute(recipe.storage)
+    storage.check_writable(root)
+    run = RunDir(storage.join(root, recipe.name))
+    values = recipe.model_dump(mode="json")
+    before = run.read_json(run.resolved)
+    if before is not None:
+        changes = changed_values(before["recipe"], values)
+        if changes:
+            raise UserError(
+                f"{run.uri} was begun with another recipe: {'; '.join(changes)}",
+                f"take the values back, give the run another name (name=...), or delete {run.uri}",
+            )
+    if before is None or before["recipe"] != values:
+        run.write_json(run.resolved, {"recipe": values, "versions": _versions()})
+    if source is not None:
+        storage.write(run.path("recipe.yaml"), source.encode())
+    return run
+
+
+def find_run(location: str) -> RunDir:
+    """The run at a directory or URI.
+
+    Raises:
+        UserError: there is none.
+    """
+    run = RunDir(storage.absolute(location))
+    run.recipe()
+    return run
+
+
+def require(run: RunDir, uri: str, what: str, hint: str) -> Any:
+    """The JSON at uri.
+
+    Raises:
+        RunFailed: nothing there: the stage that makes it has not finished.
+    """
+    value = run.read_json(uri)
+    if value is None:
+        raise RunFailed(f"{run.uri} has no {what} yet", hint)
+    return value
+
+
+def holder() -> str:
+    """This process, told apart from every other: host, pid and a random part."""
+    return f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("terrane", "ray", "torch", "deepspeed", "transformers", "pyarrow")}
+
+
+def _dump(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=False) + "\n").encode()

@@ -1,0 +1,261 @@
+"""Bytes on storage: one set of functions for local paths and s3:// URIs, and the only import of boto3.
+
+A `write` is atomic: readers see the old object or the new one. A `create` succeeds for exactly one of many writers
+(O_EXCL through a hard link locally, If-None-Match on S3); every claim and every commit of a run rests on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.errors import StorageError
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+else:
+    S3Client = Any
+
+
+def is_s3(uri: str) -> bool:
+    return uri.startswith("s3://")
+
+
+def join(uri: str, *parts: str) -> str:
+    return "/".join([uri.rstrip("/"), *parts])
+
+
+def absolute(uri: str) -> str:
+    """The URI as other nodes and other working directories can use it."""
+    if "://" in uri and not is_s3(uri):
+        raise StorageError(f"storage {uri!r} has an unknown scheme", "use a local path or s3://bucket/prefix")
+    return uri.rstrip("/") if is_s3(uri) else str(Path(uri).expanduser().resolve())
+
+
+def read(uri: str) -> bytes:
+    """
+    Raises:
+        FileNotFoundError: nothing is stored there.
+    """
+    if not is_s3(uri):
+        return Path(uri).read_bytes()
+    with _missing_as_file_not_found(uri):
+        bucket, key = _split(uri)
+        return _s3().get_object(Bucket=bucket, Key=key)["Body"].read()
+
+
+def write(uri: str, data: bytes) -> None:
+    """Put data at uri, whole or not at all."""
+    if is_s3(uri):
+        bucket, key = _split(uri)
+        _s3().put_object(Bucket=bucket, Key=key, Body=data)
+        return
+    with _published(Path(uri)) as temporary:
+        _write_synced(temporary, data)
+        temporary.replace(uri)
+
+
+def create(uri: str, data: bytes) -> bool:
+    """Put data at uri unless something is there; True for the one writer that did.
+
+    Writers that race must write different bytes (a name, a time, a random number): S3 clients repeat a request whose
+    answer was lost, and a writer then knows its own object by its bytes.
+    """
+    if is_s3(uri):
+        return _create_s3(uri, data)
+    with _published(Path(uri)) as temporary:
+        _write_synced(temporary, data)
+        try:
+            os.link(temporary, uri)
+        except FileExistsError:
+            return False
+    return True
+
+
+def exists(uri: str) -> bool:
+    """Whether an object (not a directory) is stored at uri."""
+    if not is_s3(uri):
+        return Path(uri).is_file()
+    try:
+        with _missing_as_file_not_found(uri):
+            bucket, key = _split(uri)
+            _s3().head_object(Bucket=bucket, Key=key)
+            return True
+    except FileNotFoundError:
+        return False
+
+
+def list_files(uri: str) -> list[str]:
+    """Names below a directory, relative to it, recursive and sorted; empty where there is none."""
+    if is_s3(uri):
+        bucket, prefix = _split(uri.rstrip("/") + "/")
+        pages = _s3().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        return sorted(item["Key"][len(prefix) :] for page in pages for item in page.get("Contents", []))
+    root = Path(uri)
+    return sorted(
+        str(Path(folder, name).relative_to(root))
+        for folder, _, names in os.walk(root)
+        for name in names
+        if not name.startswith(_TEMPORARY)
+    )
+
+
+def size(uri: str) -> int:
+    """Bytes stored at uri."""
+    if not is_s3(uri):
+        return Path(uri).stat().st_size
+    with _missing_as_file_not_found(uri):
+        bucket, key = _split(uri)
+        return int(_s3().head_object(Bucket=bucket, Key=key)["ContentLength"])
+
+
+def upload(local: Path, uri: str) -> None:
+    """Copy a local file to uri, streamed, whole or not at all."""
+    if is_s3(uri):
+        bucket, key = _split(uri)
+        _s3().upload_file(str(local), bucket, key)
+        return
+    with _published(Path(uri)) as temporary:
+        shutil.copyfile(local, temporary)
+        temporary.replace(uri)
+
+
+def download(uri: str, local: Path) -> None:
+    """Copy the object at uri to a local file, streamed, whole or not at all."""
+    with _published(local) as temporary:
+        if is_s3(uri):
+            with _missing_as_file_not_found(uri):
+                bucket, key = _split(uri)
+                _s3().download_file(bucket, key, str(temporary))
+        else:
+            shutil.copyfile(uri, temporary)
+        temporary.replace(local)
+
+
+def upload_directory(local: Path, uri: str) -> None:
+    for name in list_files(str(local)):
+        upload(local / name, join(uri, name))
+
+
+def download_directory(uri: str, local: Path) -> None:
+    for name in list_files(uri):
+        download(join(uri, name), local / name)
+
+
+def delete(uri: str) -> None:
+    """Delete the object or the directory at uri; nothing there is fine."""
+    if is_s3(uri):
+        bucket, key = _split(uri)
+        client = _s3()
+        client.delete_object(Bucket=bucket, Key=key)
+        for name in list_files(uri):
+            client.delete_object(Bucket=bucket, Key=join(key, name))
+    elif Path(uri).is_dir():
+        shutil.rmtree(uri, ignore_errors=True)
+    else:
+        Path(uri).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def local_directory(uri: str) -> Iterator[Path]:
+    """A local directory with the content of uri: itself, or a copy that is deleted afterwards."""
+    if not is_s3(uri):
+        yield Path(uri)
+        return
+    with tempfile.TemporaryDirectory(prefix="terrane-") as folder:
+        download_directory(uri, Path(folder))
+        yield Path(folder)
+
+
+def check_writable(uri: str) -> None:
+    """
+    Raises:
+        StorageError: nothing can be written below uri; says why.
+    """
+    probe = join(uri, f"{_TEMPORARY}{uuid.uuid4().hex}")
+    try:
+        if not is_s3(uri):
+            Path(uri).mkdir(parents=True, exist_ok=True)
+            Path(probe).write_bytes(b"")
+        else:
+            write(probe, b"")
+        delete(probe)
+    except OSError as error:
+        raise StorageError(f"cannot write to {uri}: {error.strerror or error}", "check the path and its owner") from None
+    except Exception as error:  # boto3 raises a dozen unrelated classes: credentials, endpoint, bucket, permission
+        if not is_s3(uri):
+            raise
+        hint = "check the bucket, AWS_ENDPOINT_URL and the credentials (AWS_ACCESS_KEY_ID, AWS_PROFILE)"
+        raise StorageError(f"cannot write to {uri}: {error}", hint) from None
+
+
+_TEMPORARY = ".tmp-terrane-"
+
+
+@contextlib.contextmanager
+def _published(target: Path) -> Iterator[Path]:
+    """A temporary path beside the target, gone afterwards whether or not it was moved there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@functools.cache
+def _s3() -> S3Client:
+    import boto3
+    from botocore.config import Config
+
+    return boto3.client("s3", config=Config(retries={"mode": "adaptive", "max_attempts": 8}, connect_timeout=10))
+
+
+def _split(uri: str) -> tuple[str, str]:
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    if not bucket:
+        raise StorageError(f"{uri!r} names no bucket", "write it as s3://bucket/prefix")
+    return bucket, key
+
+
+def _create_s3(uri: str, data: bytes) -> bool:
+    from botocore.exceptions import ClientError
+
+    bucket, key = _split(uri)
+    try:
+        _s3().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+    except ClientError as error:
+        code = error.response.get("Error", {}).get("Code")
+        if code == "ConditionalRequestConflict":  # another writer is in the middle of it: ask again
+            return _create_s3(uri, data)
+        if code == "PreconditionFailed":
+            # boto3 retries a lost answer, and the retry then meets our own object: ours if it holds our bytes.
+            return read(uri) == data
+        raise
+    return True
+
+
+@contextlib.contextmanager
+def _missing_as_file_not_found(uri: str) -> Iterator[None]:
+    from botocore.exceptions import ClientError
+
+    try:
+        yield
+    except ClientError as error:
+        if error.response.get("Error", {}).get("Code") in ("404", "NoSuchKey", "NotFound"):
+            raise FileNotFoundError(uri) from None
+        raise

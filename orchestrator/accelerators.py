@@ -14,6 +14,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LABEL = "terrane.io/accelerator"
+MEMORY_LABEL = "terrane.io/device-memory-gib"
+
+# Memory of one device by Ray's accelerator type (`ray.io/accelerator-type`), from the vendors' data sheets. A node's
+# MEMORY_LABEL goes before it; what neither names counts as the smallest card in common use.
+DEVICE_MEMORY_GIB = {
+    "A100": 40,
+    "A100-40G": 40,
+    "A100-80G": 80,
+    "H100": 80,
+    "H200": 141,
+    "L4": 24,
+    "L40S": 48,
+    "A10G": 24,
+    "V100": 16,
+    "T4": 16,
+}
+UNKNOWN_DEVICE_MEMORY_GIB = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +85,8 @@ class NodePool:
 
     accelerator: str
     nodes: tuple[Node, ...]
+    device_memory_bytes: int = 0
+    """Of one GPU or DCU; a CPU worker has its share of its node's memory instead."""
 
     def devices(self, cpus_per_worker: float) -> int:
         """Devices that workers can take, node by node: a worker does not span two."""
@@ -75,8 +94,14 @@ class NodePool:
             return sum(int(node.gpus) for node in self.nodes)
         return sum(int(node.cpus / cpus_per_worker + 1e-9) for node in self.nodes)
 
+    def memory_per_device(self, cpus_per_worker: float) -> int:
+        """Bytes."""
+        if ACCELERATORS[self.accelerator].ray_resource == "GPU":
+            return self.device_memory_bytes
+        return min(int(node.memory_bytes / max(int(node.cpus / cpus_per_worker), 1)) for node in self.nodes)
+
     def __str__(self) -> str:
-        return f"{len(self.nodes)} x {self.accelerator}"
+        return f"{len(self.nodes)} {self.accelerator} node{'s' if len(self.nodes) > 1 else ''}"
 
 
 def local_accelerator() -> Accelerator:

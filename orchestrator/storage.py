@@ -11,6 +11,7 @@ import functools
 import os
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -259,3 +260,39 @@ def _missing_as_file_not_found(uri: str) -> Iterator[None]:
         if error.response.get("Error", {}).get("Code") in ("404", "NoSuchKey", "NotFound"):
             raise FileNotFoundError(uri) from None
         raise
+
+
+class Appender:
+    """A text file that grows line by line. S3 objects cannot grow, so there the whole text is put again, now and then.
+
+    Args:
+        interval_s: at most this much text is lost on S3 when the process dies; a local file loses none.
+    """
+
+    def __init__(self, uri: str, interval_s: float = 5.0) -> None:
+        self._uri = uri
+        self._interval_s = interval_s
+        self._lines: list[str] = []
+        self._put_at = time.monotonic()
+        if not is_s3(uri):
+            Path(uri).parent.mkdir(parents=True, exist_ok=True)
+        self._file = None if is_s3(uri) else Path(uri).open("a", encoding="utf-8")  # noqa: SIM115
+
+    def append(self, line: str) -> None:
+        if self._file:
+            self._file.write(line + "\n")
+            self._file.flush()
+            return
+        self._lines.append(line)
+        if time.monotonic() - self._put_at >= self._interval_s:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self._file:
+            write(self._uri, "".join(line + "\n" for line in self._lines).encode())
+            self._put_at = time.monotonic()
+
+    def close(self) -> None:
+        self.flush()
+        if self._file:
+            self._file.close()

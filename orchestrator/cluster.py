@@ -1,0 +1,111 @@
+"""The live Ray cluster as pools of like nodes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from orchestrator import accelerators
+from orchestrator.accelerators import Node, NodePool
+from orchestrator.errors import RunFailed, UserError
+
+OBJECT_STORE_BYTES = 256 * 2**20
+
+
+@contextmanager
+def connection(address: str | None) -> Iterator[None]:
+    """Connect to the cluster at an address, or start one on this machine and take it down afterwards.
+
+    Args:
+        address: as `ray.init` takes it ("auto", host:port, ray://...); None starts a local cluster.
+    """
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    # Without this, Ray turns its metrics exporter and memory monitor on for every worker it starts.
+    quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    if address is not None:
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise UserError(f"no Ray cluster answers at {address}: {error}", "start one with `ray start --head`") from None
+        with _disconnecting():
+            yield
+        return
+    # A cluster of our own listens on loopback only and ends with this process, so it needs no token.
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    folder = tempfile.mkdtemp(prefix="trn-", dir="/tmp")  # short: Ray's sockets live below it, limit 107 characters
+    try:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _temp_dir=folder,
+            **quiet,
+        )
+        with _disconnecting():
+            yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _disconnecting() -> Iterator[None]:
+    import ray
+
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def node_pools() -> list[NodePool]:
+    """The alive nodes of the connected cluster, grouped by accelerator and device memory.
+
+    A node is `cuda` when it has Ray GPUs, unless its label `terrane.io/accelerator` says otherwise, and else `cpu`.
+
+    Raises:
+        UserError: a label names no accelerator.
+    """
+    import ray
+
+    groups: dict[tuple[str, int], list[Node]] = {}
+    for row in ray.nodes():
+        if row["Alive"]:
+            groups.setdefault(_kind(row), []).append(_node(row))
+    if not groups:
+        raise RunFailed("the Ray cluster has no alive node")
+    return [
+        NodePool(accelerator=name, nodes=tuple(sorted(nodes, key=lambda node: node.id)), device_memory_bytes=memory)
+        for (name, memory), nodes in sorted(groups.items())
+    ]
+
+
+def _kind(row: dict[str, Any]) -> tuple[str, int]:
+    labels: dict[str, str] = row.get("Labels") or {}
+    has_devices = row["Resources"].get("GPU", 0) >= 1
+    name = labels.get(accelerators.LABEL) or ("cuda" if has_devices else "cpu")
+    if name not in accelerators.ACCELERATORS:
+        known = ", ".join(accelerators.ACCELERATORS)
+        raise UserError(f"node {row['NodeManagerAddress']} has {accelerators.LABEL}={name}", f"known: {known}")
+    if accelerators.ACCELERATORS[name].ray_resource == "CPU":
+        return name, 0
+    model = labels.get("ray.io/accelerator-type", "")
+    fallback = accelerators.DEVICE_MEMORY_GIB.get(model, accelerators.UNKNOWN_DEVICE_MEMORY_GIB)
+    return name, int(float(labels.get(accelerators.MEMORY_LABEL, fallback)) * 2**30)
+
+
+def _node(row: dict[str, Any]) -> Node:
+    resources = row["Resources"]
+    return Node(
+        id=row["NodeID"],
+        address=row["NodeManagerAddress"],
+        cpus=float(resources.get("CPU", 0)),
+        gpus=float(resources.get("GPU", 0)),
+        memory_bytes=int(resources.get("memory", 0)),
+    )

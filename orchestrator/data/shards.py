@@ -1,0 +1,151 @@
+"""Shards: packed sequences as memory-mappable Arrow IPC, with a sidecar that traces every token to its document.
+
+A shard has one column `tokens`, fixed_size_list<uint16 or uint32>[sequence_length], in one record batch. Its sidecar
+`<shard>.documents.arrow` lists (start, length, document): runs of tokens, in order, covering the shard.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from orchestrator import storage
+from orchestrator.errors import StorageError
+
+SIDECAR = ".documents.arrow"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    name: str
+    """Relative to the corpus directory."""
+    sequences: int
+    bytes: int
+    xxh3: str
+    """Of the shard file, 128 bits in hex."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A stream of tokens and the documents they came from."""
+
+    tokens: np.ndarray
+    """uint32 [n]."""
+    documents: list[tuple[int, str]]
+    """(number of tokens, document id), in order; the numbers add up to n."""
+
+    def split_at(self, position: int) -> tuple[Packed, Packed]:
+        """The first `position` tokens, and the rest; a document may stand in both."""
+        before, after, seen = [], [], 0
+        for length, document in self.documents:
+            left = min(max(position - seen, 0), length)
+            if left:
+                before.append((left, document))
+            if length - left:
+                after.append((length - left, document))
+            seen += length
+        return Packed(self.tokens[:position], before), Packed(self.tokens[position:], after)
+
+
+def join(parts: list[Packed]) -> Packed:
+    tokens = [part.tokens for part in parts]
+    return Packed(
+        np.concatenate(tokens) if tokens else np.empty(0, np.uint32), [d for part in parts for d in part.documents]
+    )
+
+
+def token_type(vocab_size: int) -> type[np.unsignedinteger[Any]]:
+    return np.uint16 if vocab_size <= 2**16 else np.uint32
+
+
+def write_shard(corpus: str, name: str, packed: Packed, sequence_length: int, vocab_size: int) -> Shard:
+    """Write a shard and its sidecar. The tokens must fill whole sequences."""
+    import pyarrow as pa
+
+    flat = pa.array(packed.tokens.astype(token_type(vocab_size)))
+    table = pa.table({"tokens": pa.FixedSizeListArray.from_arrays(flat, sequence_length)})
+    data = _to_ipc(table)
+    lengths = np.array([length for length, _ in packed.documents], dtype=np.int64)
+    sidecar = pa.table(
+        {
+            "start": np.cumsum(lengths) - lengths,
+            "length": lengths,
+            "document": pa.array([document for _, document in packed.documents], pa.string()),
+        }
+    )
+    storage.write(storage.join(corpus, name + SIDECAR), _to_ipc(sidecar))
+    storage.write(storage.join(corpus, name), data)
+    return Shard(name=name, sequences=table.num_rows, bytes=len(data), xxh3=_hash(data))
+
+
+class ShardReader:
+    """Random access to the sequences of one split, by sample id: the position in the shards, in manifest order."""
+
+    def __init__(self, corpus: str, shards: list[Shard]) -> None:
+        self._corpus = corpus
+        self._shards = shards
+        self._ends = np.cumsum([shard.sequences for shard in shards])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def take(self, ids: np.ndarray) -> np.ndarray:
+        """Sequences [len(ids), sequence_length], uint16 or uint32.
+
+        Raises:
+            StorageError: a shard is not what the manifest says.
+        """
+        where = np.searchsorted(self._ends, ids, side="right")
+        rows: list[np.ndarray | None] = [None] * len(ids)
+        for index in np.unique(where):
+            shard = self._shards[index]
+            tokens = _open_shard(storage.join(self._corpus, shard.name), shard)
+            for position in np.flatnonzero(where == index):
+                rows[position] = tokens[ids[position] - (self._ends[index] - shard.sequences)]
+        return np.stack(rows)  # type: ignore[arg-type]
+
+
+@functools.lru_cache(maxsize=256)
+def _open_shard(uri: str, shard: Shard) -> np.ndarray:
+    """Verified once a process, then memory-mapped: [sequences, sequence_length]."""
+    import pyarrow as pa
+
+    path = _local_copy(uri, shard)
+    with pa.memory_map(str(path)) as source:
+        mapped = source.read_buffer()
+    if _hash(mapped) != shard.xxh3:
+        raise StorageError(f"shard {uri} is damaged: its hash is not the manifest's {shard.xxh3}")
+    column = pa.ipc.open_file(pa.BufferReader(mapped)).get_batch(0).column(0)
+    return np.asarray(column.flatten().to_numpy(zero_copy_only=True)).reshape(len(column), -1)
+
+
+def _local_copy(uri: str, shard: Shard) -> Path:
+    if not storage.is_s3(uri):
+        if not storage.exists(uri):
+            raise StorageError(f"shard {uri} is missing", "delete the corpus directory and run again to make it anew")
+        return Path(uri)
+    path = Path(tempfile.gettempdir(), "terrane-shards", f"{shard.xxh3}.arrow")
+    if not path.is_file() or path.stat().st_size != shard.bytes:
+        storage.download(uri, path)
+    return path
+
+
+def _to_ipc(table: Any) -> bytes:
+    import pyarrow as pa
+
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        for batch in table.combine_chunks().to_batches():
+            writer.write_batch(batch)
+    return bytes(sink.getvalue())
+
+
+def _hash(data: Any) -> str:
+    import xxhash
+
+    return str(xxhash.xxh3_128_hexdigest(memoryview(data)))

@@ -1,0 +1,68 @@
+"""The transport: Ray Data carries the sequences of the coming steps from the shards to a worker, ahead of time.
+
+A unit of work is K steps of one rank. Which samples those are comes from the order alone, so the consumer knows what
+must arrive and refuses anything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from orchestrator.data.order import Order
+from orchestrator.data.pipeline import Manifest
+from orchestrator.data.shards import ShardReader
+from orchestrator.errors import RunFailed
+
+UNIT_BYTES = 16 * 2**20
+_MAX_STEPS = 32
+
+
+@dataclass(frozen=True)
+class RankSlice:
+    """Which part of every step a worker consumes."""
+
+    rank: int
+    world_size: int
+    """Data-parallel ranks."""
+
+
+def rank_batches(
+    corpus: str, manifest: Manifest, order: Order, part: RankSlice, first_step: int, last_step: int
+) -> Iterator[np.ndarray]:
+    """The sequences of a rank for first_step..last_step, one array [global_batch / world_size, sequence_length] a step.
+
+    Raises:
+        RunFailed: other samples arrived than the order says.
+    """
+    import ray
+
+    each = order.global_batch_size // part.world_size
+    steps_per_unit = max(1, min(_MAX_STEPS, UNIT_BYTES // (each * manifest.sequence_length * 4)))
+    starts = list(range(first_step, last_step + 1, steps_per_unit))
+    shards = manifest.shards("train")
+
+    def read_unit(unit: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        start = starts[int(unit["id"][0])]
+        steps = range(start, min(start + steps_per_unit, last_step + 1))
+        ids = np.concatenate([order.of_rank(step, part.rank, part.world_size) for step in steps])
+        return {"sample": ids, "tokens": ShardReader(corpus, shards).take(ids)}
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    # No CPU is asked for: a recipe may give every CPU to its workers, and these tasks read a memory map.
+    dataset = ray.data.range(len(starts), override_num_blocks=len(starts)).map_batches(
+        read_unit, batch_size=1, num_cpus=0, compute=ray.data.TaskPoolStrategy(size=2)
+    )
+    batches = dataset.iter_batches(batch_size=each, batch_format="numpy", prefetch_batches=2)
+    for step, batch in zip(range(first_step, last_step + 1), batches, strict=True):
+        expected = order.of_rank(step, part.rank, part.world_size)
+        if not np.array_equal(batch["sample"], expected):
+            raise RunFailed(
+                f"data order broken at step {step}, rank {part.rank}: got samples {batch['sample'][:4]}..., "
+                f"expected {expected[:4]}..."
+            )
+        yield batch["tokens"]

@@ -1,0 +1,57 @@
+"""Perplexity on the held-out split, of the model before training and of the one after it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from orchestrator import storage
+from orchestrator.config import Recipe
+from orchestrator.data.pipeline import Manifest
+from orchestrator.data.shards import ShardReader
+from orchestrator.runs import RunDir
+
+BATCH = 8
+
+
+def evaluate(run: RunDir, recipe: Recipe, manifest: Manifest, step: int, device: str) -> dict[str, Any]:
+    """Loss (nats a token) and perplexity of the base and of the exported model on the same held-out sequences."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from orchestrator.train.models import build_model
+
+    sequences = min(recipe.evaluation.held_out_sequences, manifest.sequences("held_out"))
+    tokens = ShardReader(run.corpus, manifest.shards("held_out")).take(np.arange(sequences))
+    base = build_model(
+        recipe.model,
+        vocab_size=manifest.vocab_size,
+        sequence_length=manifest.sequence_length,
+        seed=recipe.train.seed,
+        dtype=torch.float32,
+    )
+    with storage.local_directory(run.model) as folder:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+    return {
+        "step": step,
+        "sequences": sequences,
+        "tokens": sequences * (manifest.sequence_length - 1),
+        "base": _score(base, tokens, device),
+        "model": _score(model, tokens, device),
+    }
+
+
+def _score(model: Any, tokens: np.ndarray, device: str) -> dict[str, float]:
+    import torch
+
+    from orchestrator.train.models import token_loss_sum
+
+    model = model.to(device).eval()
+    total = 0.0
+    with torch.inference_mode():
+        for batch in np.array_split(tokens.astype(np.int64), math.ceil(len(tokens) / BATCH)):
+            total += float(token_loss_sum(model, torch.from_numpy(batch).to(device)))
+    loss = total / (tokens.shape[0] * (tokens.shape[1] - 1))
+    return {"loss": loss, "perplexity": math.exp(loss)}

@@ -1,0 +1,62 @@
+"""What to do when an attempt ends: a pure function of how it ended and what came before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Outcome = Literal["finished", "stopped", "worker_lost", "user_error", "error"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """How an attempt ended."""
+
+    attempt: int
+    outcome: Outcome
+    message: str
+    resumed_from: int
+    """Step of the checkpoint it began from, 0 without one."""
+    last_step: int
+    """The last step that it recorded."""
+    committed_step: int
+    """Step of the newest checkpoint at its end."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    action: Literal["finish", "restart", "give_up"]
+    reason: str
+
+
+def decide(endings: list[Ending], max_restarts: int) -> Decision:
+    """
+    Args:
+        endings: of every attempt so far, the newest last.
+        max_restarts: in a row without a new checkpoint.
+    """
+    last = endings[-1]
+    if last.outcome in ("finished", "stopped"):
+        return Decision("finish", last.outcome)
+    if last.outcome == "user_error":
+        return Decision("give_up", "the input is wrong: a restart would meet it again")
+    if last.outcome == "error" and len(endings) > 1 and _same_error(endings[-2], last):
+        return Decision("give_up", f"the same error twice after step {last.last_step}")
+    fruitless = _restarts_without_progress(endings)
+    if fruitless > max_restarts:
+        return Decision("give_up", f"{fruitless} attempts in a row without a new checkpoint (train.max_restarts)")
+    repeat = max(last.last_step - last.committed_step, 0)
+    return Decision("restart", f"{last.outcome}: resume at step {last.committed_step}, {repeat} steps to repeat")
+
+
+def _same_error(before: Ending, last: Ending) -> bool:
+    return (before.outcome, before.message, before.last_step) == (last.outcome, last.message, last.last_step)
+
+
+def _restarts_without_progress(endings: list[Ending]) -> int:
+    count = 0
+    for ending in reversed(endings):
+        if ending.committed_step > ending.resumed_from:
+            break
+        count += 1
+    return count

@@ -1,0 +1,159 @@
+"""How to lay a model over the devices alive now: enumerate layouts, prune by memory, rank by predicted step time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from orchestrator.accelerators import NodePool
+from orchestrator.config import Recipe, TrainConfig
+from orchestrator.errors import PlanError
+from orchestrator.planning.memory import Memory, worker_memory
+from orchestrator.planning.shape import ModelShape
+from orchestrator.planning.throughput import PLATFORMS, step_time_s
+
+MAX_LOSERS = 8
+_GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    accelerator: str
+    node_ids: tuple[str, ...]
+    """Nodes of the pool that workers may be placed on."""
+    whole_cluster: bool
+    """Whether the pool is all there is, so that placement needs no restriction."""
+    data_parallel: int
+    pipeline_stages: int = 1
+    tensor_parallel: int = 1
+    zero_stage: int = 2
+    micro_batch_size: int
+    """Sequences."""
+    accumulation: int
+    dtype: str
+    parameters: int
+    memory_bytes: int
+    """Predicted, a worker."""
+    step_time_s: float
+    """Predicted."""
+    reason: str = ""
+    losers: tuple[str, ...] = ()
+    """The best of the other layouts, each with why it lost."""
+
+    @property
+    def workers(self) -> int:
+        return self.data_parallel * self.pipeline_stages * self.tensor_parallel
+
+    def __str__(self) -> str:
+        return (
+            f"{self.workers} {self.accelerator} worker{'s' if self.workers > 1 else ''}, ZeRO-{self.zero_stage}, "
+            f"micro-batch {self.micro_batch_size} x accumulation {self.accumulation}, {self.dtype}"
+        )
+
+
+@dataclass(frozen=True)
+class _Rejected:
+    layout: str
+    why: str
+
+
+def plan(recipe: Recipe, shape: ModelShape, pools: list[NodePool]) -> Plan:
+    """The fastest layout that fits.
+
+    Raises:
+        PlanError: none does; says what the nearest one lacks.
+    """
+    fitting: list[Plan] = []
+    rejected: list[_Rejected] = []
+    for pool in pools:
+        for found in _layouts(recipe.train, shape, pool, single=len(pools) == 1):
+            (fitting if isinstance(found, Plan) else rejected).append(found)  # type: ignore[arg-type]
+    if not fitting:
+        raise _no_plan(recipe.train, pools, rejected)
+    ranked = sorted(fitting, key=lambda p: (p.step_time_s, -p.micro_batch_size))
+    best = ranked[0]
+    slower = [f"{_name(p)}: {p.step_time_s:.2f} s a step against {best.step_time_s:.2f}" for p in ranked[1:]]
+    losers = [*slower, *(f"{r.layout}: {r.why}" for r in rejected)]
+    reason = f"fastest of {len(ranked)} layouts that fit, of {len(ranked) + len(rejected)}"
+    return replace(best, reason=reason, losers=tuple(losers[:MAX_LOSERS]))
+
+
+def _layouts(train: TrainConfig, shape: ModelShape, pool: NodePool, single: bool) -> Iterator[Plan | _Rejected]:
+    devices = pool.devices(train.cpus_per_worker)
+    available = pool.memory_per_device(train.cpus_per_worker)
+    for workers in range(train.workers.min, min(train.workers.max, devices, train.global_batch_size) + 1):
+        if train.global_batch_size % workers:
+            why = f"{workers} does not divide train.global_batch_size={train.global_batch_size}"
+            yield _Rejected(f"{workers} x {pool.accelerator}", why)
+            continue
+        share = train.global_batch_size // workers
+        for micro_batch_size in (m for m in range(1, share + 1) if share % m == 0):
+            yield _judge(train, shape, pool, single, workers, micro_batch_size, available)
+
+
+def _judge(
+    train: TrainConfig, shape: ModelShape, pool: NodePool, single: bool, workers: int, micro_batch_size: int, available: int
+) -> Plan | _Rejected:
+    dtype = choose_dtype(train.dtype, pool.accelerator)
+    memory: Memory = worker_memory(
+        shape,
+        accelerator=pool.accelerator,
+        dtype=dtype,
+        data_parallel=workers,
+        micro_batch_size=micro_batch_size,
+        sequence_length=train.sequence_length,
+    )
+    accumulation = train.global_batch_size // workers // micro_batch_size
+    found = Plan(
+        accelerator=pool.accelerator,
+        node_ids=tuple(node.id for node in pool.nodes),
+        whole_cluster=single,
+        data_parallel=workers,
+        micro_batch_size=micro_batch_size,
+        accumulation=accumulation,
+        dtype=dtype,
+        parameters=shape.parameters,
+        memory_bytes=memory.total,
+        step_time_s=step_time_s(
+            shape,
+            PLATFORMS[pool.accelerator],
+            data_parallel=workers,
+            accumulation=accumulation,
+            global_batch_size=train.global_batch_size,
+            sequence_length=train.sequence_length,
+            width=4 if dtype == "fp32" else 2,
+        ),
+    )
+    if memory.total > available:
+        why = f"needs {memory.total / _GIB:.1f} GiB a worker, {available / _GIB:.1f} GiB are there"
+        return _Rejected(_name(found), why)
+    return found
+
+
+def choose_dtype(asked: str, accelerator: str) -> str:
+    """Working precision: what the recipe asks for, or the best that the device computes natively."""
+    if asked != "auto":
+        return asked
+    return {"cpu": "fp32", "cuda": "bf16", "dcu": "fp16"}[accelerator]
+
+
+def _name(plan: Plan) -> str:
+    return f"{plan.workers} x {plan.accelerator}, micro-batch {plan.micro_batch_size} x {plan.accumulation}"
+
+
+def _no_plan(train: TrainConfig, pools: list[NodePool], rejected: list[_Rejected]) -> PlanError:
+    most = max(pool.devices(train.cpus_per_worker) for pool in pools)
+    if most < train.workers.min:
+        found = ", ".join(f"{pool}: {pool.devices(train.cpus_per_worker)}" for pool in pools)
+        return PlanError(
+            f"train.workers asks for {train.workers.min} workers and no pool has that many devices ({found})",
+            f"set train.workers={most}" if most else "lower train.cpus_per_worker, or add nodes",
+        )
+    if not rejected:
+        return PlanError(
+            f"train.workers.min={train.workers.min} is more than train.global_batch_size={train.global_batch_size}",
+            "a worker needs at least one sequence a step",
+        )
+    lines = "; ".join(f"{r.layout}: {r.why}" for r in rejected[:4])
+    hint = "change train.workers to a divisor of the batch, use more devices, or a smaller model"
+    return PlanError(f"no layout fits: {lines}", hint)

@@ -1,0 +1,92 @@
+"""The shape of a model, counted tensor by tensor, from a recipe or a Hugging Face directory. No torch."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.config import ModelConfig
+from orchestrator.errors import UserError
+
+_OPT_POSITION_OFFSET = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    layers: int
+    hidden_size: int
+    heads: int
+    vocab_size: int
+    parameters: int
+    """Distinct elements: tied tensors count once."""
+
+
+def model_shape(config: ModelConfig, vocab_size: int, sequence_length: int) -> ModelShape:
+    """
+    Raises:
+        UserError: `model.path` is not a model directory, or does not reach the sequence length.
+    """
+    if config.path:
+        return _directory_shape(Path(config.path), sequence_length)
+    hidden = config.hidden_size
+    embeddings = (vocab_size + sequence_length + _OPT_POSITION_OFFSET) * hidden
+    blocks = config.layers * (4 * hidden * hidden + 2 * hidden * 4 * hidden)
+    return ModelShape(
+        layers=config.layers,
+        hidden_size=hidden,
+        heads=config.heads,
+        vocab_size=vocab_size,
+        parameters=embeddings + blocks,
+    )
+
+
+def check_model_directory(path: str) -> dict[str, Any]:
+    """The parsed config.json of a Hugging Face model directory.
+
+    Raises:
+        UserError: says what the directory lacks.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"model.path: no directory at {path}", "download the model first; give its directory")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model.path: {path} has no config.json", "give a Hugging Face model directory")
+    if not list(folder.glob("*.safetensors")):
+        raise UserError(f"model.path: {path} has no *.safetensors", "save the model with safetensors: .bin runs code")
+    values: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return values
+
+
+def _directory_shape(folder: Path, sequence_length: int) -> ModelShape:
+    values = check_model_directory(str(folder))
+    positions = values.get("max_position_embeddings")
+    if positions and sequence_length > positions:
+        raise UserError(
+            f"train.sequence_length={sequence_length} is more than the {positions} positions of {folder}",
+            f"use {positions} or less",
+        )
+    return ModelShape(
+        layers=int(values["num_hidden_layers"]),
+        hidden_size=int(values["hidden_size"]),
+        heads=int(values["num_attention_heads"]),
+        vocab_size=int(values["vocab_size"]),
+        parameters=sum(_elements(file) for file in sorted(folder.glob("*.safetensors"))),
+    )
+
+
+def _elements(file: Path) -> int:
+    """Elements of all tensors of a safetensors file, from its header (8 bytes of length, then JSON)."""
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(length))
+    total = 0
+    for name, tensor in header.items():
+        if name != "__metadata__":
+            count = 1
+            for dimension in tensor["shape"]:
+                count *= dimension
+            total += count
+    return total

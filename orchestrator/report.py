@@ -1,0 +1,545 @@
+"""A run directory -> report.html and report.md. Reads what is there and says what is missing.
+
+The run becomes sections (paragraphs, facts, tables, plots) once; one renderer writes them as a single HTML file without
+scripts or links, another as Markdown without the plots. All text of a run is untrusted and escaped.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+import re
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from string import Template
+from typing import Any, NamedTuple
+
+from orchestrator import storage
+from orchestrator.config import flatten
+from orchestrator.goodput import AttemptRow, attempt_rows
+from orchestrator.runs import RunDir
+
+Json = dict[str, Any]
+Cell = str | int | float | None
+Row = tuple[Cell, ...]
+Facts = dict[str, Cell]
+
+
+class Table(NamedTuple):
+    align: str
+    """`l` or `r` for each column."""
+    headers: tuple[str, ...]
+    rows: list[Row]
+
+
+class Plot(NamedTuple):
+    svg: str
+    caption: str
+
+
+Block = str | Facts | Table | Plot
+Section = tuple[str, list[Block]]
+
+
+class Bar(NamedTuple):
+    """A stretch of wall time, in unix seconds; `ready` is when its useful part began."""
+
+    label: str
+    start: float
+    ready: float
+    end: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Content:
+    """Everything that a report is made of; empty where the run has nothing yet."""
+
+    recipe: Json  # by dotted name, as in train.lr
+    versions: Json
+    manifest: Json
+    events: list[Json]
+    metrics: list[Json]
+    counted: list[Json]  # the metric lines that count, by step: where attempts overlap, the later one's
+    plans: dict[int, Json]
+    attempts: list[AttemptRow]
+    evaluations: list[Json]
+    answers: list[Json]
+
+
+def write_report(run: RunDir) -> str:
+    """Write report.html and report.md of a run, however far it got; returns the URI of report.html."""
+    content = _load(run)
+    parts = (_recipe, _timeline, _loss, _throughput, _attempts, _perplexity, _answers, _corpus, _wall_time)
+    sections = [part(content) for part in parts]
+    for uri, render in ((run.report_markdown, _markdown), (run.report_html, _html)):
+        page = render(run.name, _outcome(content), sections)
+        storage.write(uri, page.encode("utf-8", "replace"))  # a model can emit lone surrogates, which UTF-8 cannot hold
+    return run.report_html
+
+
+def _load(run: RunDir) -> Content:
+    events = [event for event in run.events() if event.get("time") is not None]
+    metrics = [line for line in run.metric_lines() if line.get("step") is not None]
+    plans = {number: run.read_json(run.plan(number)) or {} for number in run.attempts()}
+    claimed = [{"event": "planned", "attempt": number, "plan": plan} for number, plan in plans.items()]
+    resolved = run.read_json(run.resolved) or {}
+    folder = run.evaluation(0).rpartition("/")[0]
+    by_step = {line["step"]: line for line in metrics}
+    return Content(
+        recipe=flatten(resolved.get("recipe") or {}),
+        versions=resolved.get("versions") or {},
+        manifest=run.read_json(run.corpus_manifest) or {},
+        events=events,
+        metrics=metrics,
+        counted=[by_step[step] for step in sorted(by_step)],
+        plans=plans,
+        attempts=attempt_rows([*claimed, *events], metrics),
+        evaluations=[run.read_json(storage.join(folder, name)) or {} for name in storage.list_files(folder)],
+        answers=(run.read_json(run.answers) or {}).get("answers") or [],
+    )
+
+
+# --- sections ---------------------------------------------------------------------------------------------------------
+
+
+def _outcome(content: Content) -> str:
+    """The run in one line."""
+    if not content.attempts:
+        return "Training has not begun."
+    ended = content.attempts[-1].outcome
+    state = "Training finished" if ended == "finished" else "Training is not finished"
+    state += f" ({_words(ended)})" if ended not in (None, "finished") else ""
+    parts = [f"{state}: {len(content.counted)} of {_text(content.recipe.get('train.steps'))} steps"]
+    losses = _numbers(content.counted, "loss")
+    if losses:
+        parts.append(f"loss {_text(losses[0])} → {_text(losses[-1])}")
+    survived = sum(row.failed for row in content.attempts[:-1])
+    if survived:
+        repeated = sum(row.steps_repeated for row in content.attempts)
+        parts.append(f"failures survived: {survived}, steps repeated: {repeated}")
+    if content.evaluations:
+        before, after = _perplexities(content.evaluations[-1])
+        parts.append(f"held-out perplexity {_text(before)} → {_text(after)}")
+    return "; ".join(parts) + "."
+
+
+def _recipe(content: Content) -> Section:
+    if not content.recipe:
+        return "Recipe", ["No resolved recipe in this run."]
+    plan = next(reversed(content.plans.values()), {})
+    get = content.recipe.get
+    facts: Facts = {
+        "model": get("model.path") or f"{_text(get('model.architecture'))}, random weights",
+        "layers × hidden size": f"{_text(get('model.layers'))} × {_text(get('model.hidden_size'))}",
+        "parameters": plan.get("parameters"),
+        "corpus tokens": flatten(content.manifest).get("splits.train.tokens"),
+        **{_words(key): get(f"train.{key}") for key in ("steps", "global_batch_size", "sequence_length")},
+        "learning rate": f"{_text(get('train.lr'))}, {_text(get('train.schedule'))}",
+        "dtype": plan.get("dtype") or get("train.dtype"),
+        "workers": f"{_text(get('train.workers.min'))} to {_text(get('train.workers.max'))}",
+    }
+    versions = ", ".join(f"{name} {version}" for name, version in content.versions.items())
+    return "Recipe", [facts, f"Versions: {versions or 'not recorded'}."]
+
+
+def _corpus(content: Content) -> Section:
+    manifest, columns = content.manifest, ("documents", "characters")
+    if not manifest:
+        return "Corpus", ["No corpus yet."]
+    documents: Json = manifest.get("documents") or {}
+    dropped: dict[str, int] = documents.get("dropped") or {}
+    fates: Json = {"in": documents.get("read"), "kept": documents.get("kept")}
+    fates |= {f"dropped: {_words(reason)}": count for reason, count in dropped.items()}
+    missing = (documents.get("read") or 0) - (documents.get("kept") or 0) - sum(dropped.values())
+    note = f"Unaccounted for: {_text(missing)} documents." if missing else "Documents in = kept + dropped."
+    sources: list[Row] = [(k, *map(v.get, columns)) for k, v in (manifest.get("sources") or {}).items()]
+    splits: list[Row] = [
+        (_words(name), split.get("sequences"), split.get("tokens"), len(split.get("shards") or []))
+        for name, split in (manifest.get("splits") or {}).items()
+    ]
+    blocks: list[Block] = [
+        Table("lr", ("documents", "count"), list(fates.items())),
+        note,
+        Table("lrr", ("source", *columns), sources),
+        Table("lrrr", ("split", "sequences", "tokens", "shards"), splits),
+        {_words(key): manifest.get(key) for key in ("vocab_size", "sequence_length", "tail_tokens_dropped")},
+        f"Manifest hash: {_text(manifest.get('hash'))}.",
+    ]
+    return "Corpus", blocks
+
+
+def _loss(content: Content) -> Section:
+    if not content.metrics:
+        return "Loss", ["No training step yet."]
+
+    def draw(left: Any, right: Any) -> None:
+        _draw_steps(left, content, "grad_norm", "gradient norm")
+        _draw_steps(right, content, "lr", "learning rate")
+
+    caption = "Training loss. A wide pale line marks steps that a failure took and that were done again."
+    loss = _plot("loss", caption, 3.4, lambda axes: _draw_steps(axes, content, "loss", "loss", named=True))
+    return "Loss", [loss, _plot("norm", "Gradient norm and learning rate.", 2.1, draw, columns=2)]
+
+
+def _throughput(content: Content) -> Section:
+    rates = _numbers(content.counted, "tokens_per_second")
+    if not rates:
+        return "Throughput", ["No throughput recorded yet."]
+    median = statistics.median(rates)
+
+    def draw(axes: Any) -> None:
+        _draw_steps(axes, content, "tokens_per_second", "tokens/s")
+        axes.axhline(median, color=_INK, linewidth=0.8, alpha=0.6)
+        axes.set_ylim(bottom=0)
+
+    times = {key: _numbers(content.counted, f"{key}_s") for key in ("step_time", "data", "compute")}
+    facts: Facts = {"tokens/s, median": median}
+    facts |= {f"{_words(key)}, median": _duration(statistics.median(values)) for key, values in times.items() if values}
+    commits = [event for event in content.events if event["event"] == "committed"]
+    facts["checkpoints, in all"] = _duration(sum(_numbers(commits, "seconds")))
+    return "Throughput", [_plot("rate", "Tokens a second by step; the level line is the median.", 2.1, draw), facts]
+
+
+def _attempts(content: Content) -> Section:
+    if not content.attempts:
+        return "Attempts", ["No attempt yet."]
+    rows: list[Row] = []
+    reasons: list[Row] = []
+    for row in content.attempts:
+        said = {event["event"]: event for event in content.events if event.get("attempt") == row.number}
+        planned, ended, decided = (said.get(name, {}) for name in ("planned", "attempt_ended", "decided"))
+        plan = content.plans.get(row.number) or planned.get("plan") or {}
+        batch = f"{_text(plan.get('micro_batch_size'))} × {_text(plan.get('accumulation'))}"
+        steps = None if row.first_step is None else f"{_text(row.first_step)}–{_text(row.last_step)}"
+        outcome, recovery = _words(row.outcome or "no end recorded"), _duration(row.recovery_s)
+        rows.append((row.number, row.workers, row.zero_stage, batch, steps, outcome, recovery, row.steps_repeated))
+        decision = f"{_words(decided['action'])}: {decided.get('reason')}" if decided.get("action") else None
+        texts = (planned.get("reason") or plan.get("reason"), ended.get("message"), decision)
+        reasons.append((row.number, *map(_clip, texts)))
+    headers = ("#", "workers", "ZeRO", "micro-batch × acc.", "steps", "ended", "recovery", "repeated")
+    note = "Recovery runs from the failure before an attempt to its first step."
+    why = Table("rlll", ("#", "planned", "ended with", "decided"), reasons)
+    return "Attempts", [Table("rrrrrlrr", headers, rows), note, why]
+
+
+def _perplexity(content: Content) -> Section:
+    title = "Perplexity on held-out documents"
+    if not content.evaluations:
+        return title, ["Not evaluated yet."]
+    rows: list[Row] = []
+    for evaluation in content.evaluations:
+        before, after = _perplexities(evaluation)
+        change = f"{(after / before - 1) * 100:+.1f} %" if before and after else None
+        rows.append((*map(evaluation.get, ("step", "sequences", "tokens")), before, after, change))
+    return title, [Table("rrrrrr", ("step", "sequences", "tokens", "before", "after", "change"), rows)]
+
+
+def _perplexities(evaluation: Json) -> tuple[float | None, float | None]:
+    return (evaluation.get("base") or {}).get("perplexity"), (evaluation.get("model") or {}).get("perplexity")
+
+
+def _answers(content: Content) -> Section:
+    if not content.answers:
+        return "Sample answers", ["The model has not been asked anything yet."]
+    keys = ("prompt", "completion", "tokens", "seconds")
+    return "Sample answers", [Table("llrr", keys, [tuple(map(answer.get, keys)) for answer in content.answers])]
+
+
+def _wall_time(content: Content) -> Section:
+    seconds: dict[str, float] = {}
+    for bar in _stage_bars(content):
+        seconds[bar.label] = seconds.get(bar.label, 0.0) + bar.end - bar.start
+    total = sum(seconds.values())
+    if not total:
+        return "Where the wall time went", ["No stage recorded yet."]
+    rows: list[Row] = [
+        (k, _duration(v), f"{v / total * 100:.0f} %", "█" * round(24 * v / total)) for k, v in seconds.items()
+    ]
+    return "Where the wall time went", [Table("lrrl", ("stage", "time", "share", ""), rows)]
+
+
+def _timeline(content: Content) -> Section:
+    bars = sorted([*_stage_bars(content), *_attempt_bars(content)], key=lambda bar: bar.start)
+    if not bars:
+        return "Time line", ["Nothing has started yet."]
+    rows = list(dict.fromkeys(bar.label for bar in bars))
+    caption = "Stages and attempts; an attempt is pale until its first step. Time between two commands is left out."
+    height = 0.9 + 0.27 * len(rows)
+    return "Time line", [_plot("time", caption, height, lambda axes: _draw_timeline(axes, content, bars, rows))]
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
+
+
+def _stage_bars(content: Content) -> list[Bar]:
+    """What each stage took, skipped ones left out. A stage without an end ends with the last sign of life before the
+    next command, or of all."""
+    signs = [record["time"] for record in [*content.events, *content.metrics] if record.get("time")]
+    bars: list[Bar] = []
+    opened: Json | None = None
+    for event in [*content.events, {"event": "stage_started", "time": math.inf}]:
+        if event["event"] not in ("stage_started", "stage_finished"):
+            continue
+        if opened:
+            stage, begun = str(opened.get("stage")), opened["time"]
+            finished = event["event"] == "stage_finished" and event.get("stage") == opened.get("stage")
+            end = event["time"] if finished else max((at for at in signs if at < event["time"]), default=begun)
+            if not (finished and event.get("skipped")):
+                bars.append(Bar(stage, begun, begun, max(begun, end)))
+        opened = event if event["event"] == "stage_started" else None
+    return bars
+
+
+def _attempt_bars(content: Content) -> list[Bar]:
+    bars: list[Bar] = []
+    for row in content.attempts:
+        steps = [line["time"] for line in content.metrics if line["attempt"] == row.number and line.get("time")]
+        events = [event for event in content.events if event.get("attempt") == row.number]
+        times = steps + [event["time"] for event in events if event["event"] != "decided"]
+        ready = steps + [event["time"] for event in events if event["event"] == "first_step"]
+        if times:
+            bars.append(Bar(f"attempt {row.number}", min(times), min(ready, default=max(times)), max(times)))
+    return bars
+
+
+def _clock(bars: list[Bar]) -> Callable[[float], float]:
+    """Unix time -> seconds of work since the run began: the hours between two commands take no room.
+
+    Args:
+        bars: sorted by their start.
+    """
+    merged: list[tuple[float, float]] = []
+    for bar in bars:
+        if merged and bar.start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(bar.end, merged[-1][1]))
+        else:
+            merged.append((bar.start, bar.end))
+    return lambda at: sum(min(at, end) - start for start, end in merged if start < at)
+
+
+# --- plots ------------------------------------------------------------------------------------------------------------
+
+_INK = "#010203"  # stands for the page's text colour
+_RED = "#d9483b"
+_COLOURS = ("#3d7fc1", "#e08b2d", "#3a9c77", "#9a6cc4", "#b3912f", "#48a2b6", "#c26a9b")
+# Event: offset from the middle of its attempt's bar, marker, colour.
+_MARKS = {
+    "committed": (0.0, "|", _INK),
+    "fault_injected": (-0.38, "v", _RED),
+    "failed": (0.0, "X", _RED),
+    "decided": (0.38, "D", "#9a6cc4"),
+}
+_INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
+_LOOK = {
+    **dict.fromkeys(_INKED, _INK),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon", "text.parse_math"), False),
+    "axes.grid": True,
+    "axes.linewidth": 0.6,
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "grid.alpha": 0.12,
+    "path.simplify_threshold": 1.0,
+    "svg.fonttype": "none",
+}
+
+
+def _plot(name: str, caption: str, height: float, draw: Callable[..., None], columns: int = 1) -> Plot:
+    """An SVG that takes its text colour from the page; `name` keeps its ids apart from those of other plots."""
+    import matplotlib
+    from matplotlib.figure import Figure  # without pyplot: no display, no global state
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({**_LOOK, "svg.hashsalt": name}):
+        figure = Figure(figsize=(9, height), layout="constrained")
+        draw(*figure.subplots(1, columns, squeeze=False)[0])
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    _, _, svg = buffer.getvalue().replace(_INK, "currentColor").partition("<svg")
+    svg = re.sub(r'( id="|url\(#|href="#)', rf"\1{name}-", svg)
+    return Plot("<svg" + re.sub(r' (width|height)="[\d.]+pt"', "", svg), caption)
+
+
+def _draw_steps(axes: Any, content: Content, key: str, label: str, named: bool = False) -> None:
+    """One metric by step: a colour an attempt, a dashed line a failure."""
+    counts = {id(line) for line in content.counted}
+    for row in content.attempts:
+        lines = [line for line in content.metrics if line["attempt"] == row.number]
+        lost = [line for line in lines if id(line) not in counts]
+        for part, width, alpha in ((lost, 7, 0.35), (lines, 1.5, 1.0)):
+            look: Json = {"color": _colour(row.number), "linewidth": width, "markersize": width, "alpha": alpha}
+            look["marker"] = "o" if len(part) < 3 else ""  # a line of one point is invisible
+            look["label"] = f"attempt {row.number}" if part is lines and lines else None
+            values = [math.nan if line.get(key) is None else line[key] for line in part]
+            axes.plot([line["step"] for line in part], values, **look)
+        if row.failed and row.last_step is not None:
+            axes.axvline(row.last_step, color=_RED, linewidth=1, linestyle=(0, (4, 3)))
+            place: Json = {"xytext": (4, -1), "textcoords": "offset points", "va": "top", "color": _RED}
+            axes.annotate(
+                _words(row.outcome) if named else "", (row.last_step, 1), xycoords=("data", "axes fraction"), **place
+            )
+    axes.set(xlabel="step", ylabel=label)
+    axes.locator_params(axis="x", integer=True)
+    if named and 1 < len(content.attempts) <= len(_COLOURS):
+        axes.legend(loc="upper right")
+
+
+def _draw_timeline(axes: Any, content: Content, bars: list[Bar], rows: list[str]) -> None:
+    clock = _clock(bars)
+    total = max(clock(bar.end) for bar in bars)
+    unit, size = ("seconds", 1) if total < 200 else ("minutes", 60) if total < 12_000 else ("hours", 3600)
+    colours = {f"attempt {row.number}": _colour(row.number) for row in content.attempts}
+    for bar in bars:
+        row, (start, ready, end) = rows.index(bar.label), (clock(at) / size for at in bar[1:])
+        colour = colours.get(bar.label, "#8a94a3")
+        axes.barh(row, ready - start, left=start, height=0.56, color=colour, alpha=0.35)
+        axes.barh(row, end - ready, left=ready, height=0.56, color=colour)
+    for name, places in _marks(content, rows).items():
+        offset, marker, colour = _MARKS[name]
+        x, y = [clock(at) / size for _, at in places], [row + offset for row, _ in places]
+        axes.scatter(x, y, marker=marker, color=colour, s=34, zorder=3, label=_words(name))
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(_MARKS))
+    axes.set(xlabel=unit, xlim=(0, None), ylim=(len(rows) - 0.4, -0.6), yticks=range(len(rows)), yticklabels=rows)
+    axes.grid(visible=False, axis="y")
+
+
+def _marks(content: Content, rows: list[str]) -> dict[str, list[tuple[int, float]]]:
+    """Event -> rows and times. An event that names no attempt belongs to the attempt before it."""
+    failed = {row.number for row in content.attempts if row.failed}
+    marks: dict[str, list[tuple[int, float]]] = {}
+    current = None
+    for event in content.events:
+        current = event.get("attempt", current)
+        name = "failed" if event["event"] == "attempt_ended" and current in failed else event["event"]
+        if name in _MARKS and f"attempt {current}" in rows:
+            marks.setdefault(name, []).append((rows.index(f"attempt {current}"), event["time"]))
+    return marks
+
+
+def _colour(attempt: int) -> str:
+    return _COLOURS[(attempt - 1) % len(_COLOURS)]
+
+
+# --- pages ------------------------------------------------------------------------------------------------------------
+
+
+def _numbers(lines: list[Json], key: str) -> list[float]:
+    return [line[key] for line in lines if line.get(key) is not None]
+
+
+def _words(name: object) -> str:
+    return str(name).replace("_", " ")
+
+
+def _clip(text: object) -> str | None:
+    return f"{str(text)[:240]}{'…' if len(str(text)) > 240 else ''}" if text else None
+
+
+def _text(value: Cell) -> str:
+    if value is None or isinstance(value, str):
+        return "–" if value is None else value
+    if isinstance(value, float):
+        return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
+    return f"{value:,}"
+
+
+def _duration(seconds: float | None) -> str | None:
+    if seconds is None or seconds < 60:
+        return None if seconds is None else f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _markdown(name: str, outcome: str, sections: list[Section]) -> str:
+    parts = [f"# Terrane run {_plain(name)}", _plain(outcome)]
+    for title, blocks in sections:
+        texts = [_markdown_block(block) for block in blocks if not isinstance(block, Plot)]
+        parts += [f"## {title}", *texts] if texts else []
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_block(block: str | Facts | Table) -> str:
+    if isinstance(block, str):
+        return _plain(block)
+    table = Table("lr", ("", ""), list(block.items())) if isinstance(block, dict) else block
+    rule = ["---:" if side == "r" else "---" for side in table.align]
+    lines = [
+        [_plain(header) for header in table.headers],
+        rule,
+        *([_plain(cell) for cell in row] for row in table.rows),
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _plain(value: Cell) -> str:
+    """Text that Markdown shows as it is, in one line."""
+    text = html.escape(re.sub(r"([\\`*_\[\]|~#])", r"\\\1", _text(value)), quote=False)
+    return "<br>".join(text.splitlines())
+
+
+def _html(name: str, outcome: str, sections: list[Section]) -> str:
+    body = "\n".join(
+        f"<section><h2>{title}</h2>{''.join(map(_html_block, blocks))}</section>" for title, blocks in sections
+    )
+    return _PAGE.substitute(name=html.escape(name), outcome=html.escape(outcome), body=body)
+
+
+def _html_block(block: Block) -> str:
+    if isinstance(block, str):
+        return f"<p>{html.escape(block)}</p>"
+    if isinstance(block, dict):
+        pairs = (f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(_text(v))}</dd></div>" for k, v in block.items())
+        return f"<dl>{''.join(pairs)}</dl>"
+    if isinstance(block, Plot):
+        return f"<figure>{block.svg}<figcaption>{html.escape(block.caption)}</figcaption></figure>"
+    head = _html_row("th", block.align, block.headers)
+    rows = "".join(_html_row("td", block.align, row) for row in block.rows)
+    return f'<div class="wide"><table>{head}{rows}</table></div>'
+
+
+def _html_row(tag: str, align: str, row: Row) -> str:
+    cells = (f"<{tag} class={side}>{html.escape(_text(cell))}" for side, cell in zip(align, row, strict=True))
+    return f"<tr>{''.join(cells)}\n"
+
+
+# The policy forbids scripts and any load, should something ever slip through the escaping.
+_PAGE = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>$name – Terrane</title>
+<style>
+:root { color-scheme: light dark; --ink: #1d232b; --soft: #66707d; --line: #e3e6ea; --page: #fbfbfa; --card: #fff }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e7eb; --soft: #98a2af; --line: #2d343d; --page: #14181d; --card: #1a1f26 }
+}
+body { margin: 0 auto; padding: 3rem 1.25rem 5rem; max-width: 58rem; background: var(--page); color: var(--ink);
+  font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif }
+h1 { margin: 0; font-size: 2rem; line-height: 1.2; letter-spacing: -.02em; overflow-wrap: anywhere }
+h2 { margin: 3rem 0 .75rem; padding-top: .75rem; border-top: 1px solid var(--line); font-size: 1.1rem }
+p, dt, th, figcaption, header span { color: var(--soft) }
+header p { margin: .6rem 0 0; font-size: 1.1rem; color: var(--ink) }
+figure { margin: 1rem 0 }
+svg { display: block; width: 100%; height: auto; color: var(--ink) }
+svg text { font-family: inherit !important }
+.wide { overflow-x: auto; margin: 1rem 0 }
+table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { padding: .4rem .75rem; border-bottom: 1px solid var(--line); vertical-align: top; text-align: left }
+th { font-weight: 500; white-space: nowrap }
+td { overflow-wrap: anywhere; white-space: pre-wrap }
+.r { text-align: right; white-space: nowrap }
+th, dt, figcaption { font-size: .85rem }
+dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .6rem; margin: 1rem 0 }
+dl div { padding: .6rem .8rem; border: 1px solid var(--line); border-radius: 8px; background: var(--card) }
+dd { margin: 0; font-weight: 600; overflow-wrap: anywhere; font-variant-numeric: tabular-nums }
+</style>
+</head>
+<body>
+<header><span>Terrane run</span><h1>$name</h1><p>$outcome</p></header>
+$body
+</body>
+</html>
+""")

@@ -1,0 +1,253 @@
+"""Recipe -> Corpus -> Plan -> Attempts -> Model -> Service: every stage in order, each skipped when its result stands."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from orchestrator import cluster, storage, supervisor
+from orchestrator.config import Recipe
+from orchestrator.console import Console
+from orchestrator.data import pipeline
+from orchestrator.data.documents import list_sources
+from orchestrator.data.tokenizer import check_directory
+from orchestrator.errors import RunFailed
+from orchestrator.planning.shape import check_model_directory
+from orchestrator.runs import RunDir, open_run
+from orchestrator.train import checkpoints
+
+log = logging.getLogger(__name__)
+
+STAGES = ("corpus", "train", "export", "evaluate", "serve", "report")
+
+
+def run_recipe(
+    recipe: Recipe,
+    *,
+    source: str | None = None,
+    stages: tuple[str, ...] = STAGES,
+    address: str | None = None,
+    console: Console | None = None,
+) -> RunDir:
+    """Bring a run to where all of its stages are done.
+
+    Args:
+        source: text of the recipe file, kept in the run.
+        address: of a Ray cluster; None starts one on this machine for as long as a stage needs it.
+
+    Raises:
+        UserError: before any worker starts, when the input is wrong.
+        RunFailed: a stage ended without its result.
+    """
+    console = console or Console()
+    check_inputs(recipe)
+    run = open_run(recipe, source)
+    log.info("run %s; look inside with: terrane status %s", run.uri, run.uri)
+    with ExitStack() as stack:
+        session = _Session(run, recipe, console, stack, address)
+        for name in stages:
+            done, make = _STAGES[name]
+            if done(session):
+                log.info("%s: done before, skipped", name)
+                continue
+            with _timed(run, name):
+                make(session)
+    return run
+
+
+def check_inputs(recipe: Recipe) -> None:
+    """Everything about a recipe's inputs that can be known without a device.
+
+    Raises:
+        UserError: names the first thing that is wrong.
+    """
+    list_sources(recipe.corpus)
+    if recipe.model.path:
+        check_model_directory(recipe.model.path)
+    given = recipe.tokenizer.path or recipe.model.path
+    if given:
+        check_directory(given)
+
+
+class _Session:
+    """What the stages of one command share: the run, and a Ray cluster from the first stage on that needs one."""
+
+    def __init__(
+        self, run: RunDir, recipe: Recipe, console: Console, stack: ExitStack, address: str | None
+    ) -> None:
+        self.run = run
+        self.recipe = recipe
+        self.console = console
+        self._stack = stack
+        self._address = address
+        self._connected = False
+
+    def connect(self) -> None:
+        """Connect to Ray, and make sure at once that the cluster can hold the plan."""
+        if not self._connected:
+            self._stack.enter_context(cluster.connection(self._address))
+            self._connected = True
+            supervisor.make_plan(self.run, self.recipe)
+
+    def manifest(self) -> pipeline.Manifest:
+        manifest = pipeline.load_manifest(self.run.corpus)
+        if manifest is None:
+            raise RunFailed(f"{self.run.uri} has no corpus yet", "run the corpus stage first")
+        return manifest
+
+    def last_commit(self) -> checkpoints.Commit:
+        commit = checkpoints.newest(self.run.checkpoints)
+        if commit is None:
+            raise RunFailed(f"{self.run.uri} has no checkpoint yet", "run the train stage first")
+        return commit
+
+    def remotely(self, work: Callable[..., Any], *args: Any) -> Any:
+        """Call work(*args) as a Ray task, so that the driver stays small."""
+        import ray
+
+        self.connect()
+        return ray.get(ray.remote(num_cpus=1, max_retries=3)(work).remote(*args))
+
+
+# --- corpus -----------------------------------------------------------------------------------------------------------
+
+
+def _corpus_done(session: _Session) -> bool:
+    manifest = pipeline.load_manifest(session.run.corpus)
+    return manifest is not None and manifest.inputs == pipeline.corpus_inputs(session.recipe)
+
+
+def _make_corpus(session: _Session) -> None:
+    session.connect()
+    manifest = pipeline.build_corpus(session.recipe, session.run.corpus, session.console.progress)
+    documents, train = manifest.documents, manifest.splits["train"]
+    dropped = ", ".join(f"{count} {reason}" for reason, count in documents["dropped"].items())
+    log.info("corpus: %d documents read, %d kept (dropped: %s)", documents["read"], documents["kept"], dropped or "none")
+    log.info("corpus: %d training tokens in %d shards", train["tokens"], len(train["shards"]))
+
+
+# --- train ------------------------------------------------------------------------------------------------------------
+
+
+def _train_done(session: _Session) -> bool:
+    steps = checkpoints.committed_steps(session.run.checkpoints)
+    return bool(steps) and steps[-1] >= session.recipe.train.steps
+
+
+def _train(session: _Session) -> None:
+    session.manifest()
+    session.connect()
+    total = session.recipe.train.steps
+    supervisor.supervise(session.run, session.recipe, lambda record: session.console.step(record, total))
+
+
+# --- export, evaluate -------------------------------------------------------------------------------------------------
+
+
+def _export_done(session: _Session) -> bool:
+    facts = session.run.read_json(session.run.model_manifest)
+    return facts is not None and _train_done(session) and facts["step"] >= session.recipe.train.steps
+
+
+def _export(session: _Session) -> None:
+    from orchestrator.train.export import export
+
+    run, commit = session.run, session.last_commit()
+    session.remotely(export, run, session.recipe, session.manifest(), commit, run.model)
+    run.log_event("exported", step=commit.step)
+    log.info("export: step %d as a Hugging Face model in %s", commit.step, run.model)
+
+
+def _evaluation_key(session: _Session) -> dict[str, Any]:
+    return session.recipe.evaluation.model_dump(mode="json")
+
+
+def _exported_step(session: _Session) -> int:
+    facts = session.run.read_json(session.run.model_manifest)
+    if facts is None:
+        raise RunFailed(f"{session.run.uri} has no exported model yet", "run the export stage first")
+    return int(facts["step"])
+
+
+def _evaluate_done(session: _Session) -> bool:
+    if not _export_done(session):
+        return False
+    result = session.run.read_json(session.run.evaluation(_exported_step(session)))
+    return result is not None and result["settings"] == _evaluation_key(session)
+
+
+def _evaluate(session: _Session) -> None:
+    from orchestrator.evaluation.perplexity import evaluate
+
+    run, step = session.run, _exported_step(session)
+    result = session.remotely(evaluate, run, session.recipe, session.manifest(), step, "cpu")
+    run.write_json(run.evaluation(step), {**result, "settings": _evaluation_key(session)})
+    run.log_event("evaluated", step=step, before=result["base"]["perplexity"], after=result["model"]["perplexity"])
+    before, after = result["base"]["perplexity"], result["model"]["perplexity"]
+    log.info("held-out perplexity: %.1f before, %.1f after (%d tokens)", before, after, result["tokens"])
+
+
+# --- serve, report ----------------------------------------------------------------------------------------------------
+
+
+def _serve_key(session: _Session) -> dict[str, Any]:
+    return {"step": _exported_step(session), **session.recipe.serving.model_dump(mode="json")}
+
+
+def _serve_done(session: _Session) -> bool:
+    if not session.recipe.serving.prompts:
+        return True
+    answers = session.run.read_json(session.run.answers) if _export_done(session) else None
+    return answers is not None and answers["settings"] == _serve_key(session)
+
+
+def _serve(session: _Session) -> None:
+    """Serve the model over REST, ask the recipe's prompts, and take the service down again."""
+    from serve import deploy
+
+    run, serving = session.run, session.recipe.serving
+    settings = _serve_key(session)
+    session.connect()
+    args = deploy.serve_args(run.model, serving, name=session.recipe.name)
+    try:
+        url = deploy.deploy(args, port=0)
+        log.info("serve: POST %s/v1/completions answers", url)
+        answers = [deploy.ask(url, prompt, serving.max_tokens) for prompt in serving.prompts]
+    finally:
+        deploy.stop()
+    run.write_json(run.answers, {"settings": settings, "answers": answers})
+    for answer in answers:
+        log.info("serve: %r -> %r", answer["prompt"], answer["completion"])
+
+
+def _report_done(session: _Session) -> bool:
+    events = session.run.events()
+    return storage.exists(session.run.report_html) and bool(events) and events[-1].get("stage") == "report"
+
+
+def _report(session: _Session) -> None:
+    from orchestrator.report import write_report
+
+    log.info("report: %s", write_report(session.run))
+
+
+_STAGES: dict[str, tuple[Callable[[_Session], bool], Callable[[_Session], None]]] = {
+    "corpus": (_corpus_done, _make_corpus),
+    "train": (_train_done, _train),
+    "export": (_export_done, _export),
+    "evaluate": (_evaluate_done, _evaluate),
+    "serve": (_serve_done, _serve),
+    "report": (_report_done, _report),
+}
+
+
+@contextmanager
+def _timed(run: RunDir, stage: str) -> Iterator[None]:
+    run.log_event("stage_started", stage=stage)
+    before = time.time()
+    yield
+    run.log_event("stage_finished", stage=stage, seconds=round(time.time() - before, 2))
+

@@ -1,0 +1,69 @@
+"""Checkpoint -> Model: a Hugging Face directory that `AutoModelForCausalLM.from_pretrained` loads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from orchestrator import storage
+from orchestrator.config import Recipe
+from orchestrator.data import tokenizer as tokenizers
+from orchestrator.data.pipeline import Manifest
+from orchestrator.runs import RunDir
+from orchestrator.train.checkpoints import Commit
+
+
+def export(run: RunDir, recipe: Recipe, manifest: Manifest, commit: Commit, target: str) -> None:
+    """Write the model of a checkpoint to `target`, its manifest (terrane.json) last."""
+    import torch
+
+    from orchestrator.train import checkpoints
+    from orchestrator.train.fragments import Fragment
+    from orchestrator.train.models import build_model
+
+    model = build_model(
+        recipe.model,
+        vocab_size=manifest.vocab_size,
+        sequence_length=manifest.sequence_length,
+        seed=recipe.train.seed,
+        dtype=torch.float32,
+    )
+    with torch.no_grad():
+        fragments = [
+            Fragment(name, 0, parameter.numel(), {"param": parameter.data.view(-1)})
+            for name, parameter in model.named_parameters()
+        ]
+        checkpoints.load(run.checkpoints, commit, fragments)
+    with TemporaryDirectory(prefix="terrane-") as folder, storage.local_directory(run.tokenizer) as tokenizer:
+        model.save_pretrained(folder)
+        tokenizers.load(tokenizer).save_pretrained(folder)
+        Path(folder, "README.md").write_text(model_card(recipe, manifest, commit), encoding="utf-8")
+        storage.delete(storage.join(target, "terrane.json"))
+        storage.upload_directory(Path(folder), target)
+    facts = {"format": 1, "run": run.name, "step": commit.step, "corpus": manifest.hash}
+    storage.write(storage.join(target, "terrane.json"), (json.dumps(facts, indent=2) + "\n").encode())
+
+
+def model_card(recipe: Recipe, manifest: Manifest, commit: Commit) -> str:
+    """What a reader of the directory needs to know of where the weights come from."""
+    train = recipe.train
+    sources = "\n".join(
+        f"- {name}: {counts['documents']:,} documents, {counts['characters']:,} characters"
+        for name, counts in manifest.sources.items()
+    )
+    origin = f"`{recipe.model.path}`" if recipe.model.path else "random weights"
+    tokens = commit.step * train.global_batch_size * train.sequence_length
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+# {recipe.name}
+
+Trained with Terrane from {origin}: {commit.step} steps of {train.global_batch_size} sequences of \
+{train.sequence_length} tokens ({tokens:,} tokens), AdamW, peak learning rate {train.lr:g}, seed {train.seed}.
+
+Corpus `{manifest.hash}`, {manifest.splits["train"]["tokens"]:,} training tokens:
+
+{sources}
+"""

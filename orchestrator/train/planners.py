@@ -1,0 +1,102 @@
+"""torch.distributed.checkpoint planners for fragments: each is a 1-D chunk of its flattened parameter."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    LoadPlan,
+    Metadata,
+    ReadItem,
+    SavePlan,
+)
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from orchestrator.errors import RunFailed
+from orchestrator.train.fragments import Fragment
+
+
+def key(kind: str, name: str) -> str:
+    """Name of a tensor in the checkpoint: `param/model.decoder...`."""
+    return f"{kind}/{name}"
+
+
+class FragmentSavePlanner(DefaultSavePlanner):
+    """Writes fragments where the default planner would walk a state dict."""
+
+    def __init__(self, fragments: list[Fragment]) -> None:
+        super().__init__(dedup_save_to_lowest_rank=False)
+        self._tensors = {
+            MetadataIndex(key(kind, fragment.name), [fragment.start]): (fragment.numel, tensor)
+            for fragment in fragments
+            for kind, tensor in fragment.tensors.items()
+        }
+
+    def create_local_plan(self) -> SavePlan:
+        items = [_write_item(index, numel, t) for index, (numel, t) in self._tensors.items()]
+        self.plan = SavePlan(items, planner_data={})
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        return self._tensors[MetadataIndex(write_item.index.fqn, write_item.index.offset)][1].detach()
+
+
+class FragmentLoadPlanner(DefaultLoadPlanner):
+    """Reads whatever chunks of a checkpoint overlap the fragments, in place."""
+
+    def __init__(self, fragments: list[Fragment]) -> None:
+        super().__init__()
+        self._fragments = fragments
+        self._targets = {
+            (key(kind, fragment.name), fragment.start): tensor
+            for fragment in fragments
+            for kind, tensor in fragment.tensors.items()
+        }
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        items: list[ReadItem] = []
+        for (fqn, start), tensor in self._targets.items():
+            stored = self.metadata.state_dict_metadata.get(fqn)
+            if not isinstance(stored, TensorStorageMetadata):
+                raise RunFailed(f"the checkpoint holds no {fqn}")
+            chunk = ChunkStorageMetadata(torch.Size([start]), torch.Size([tensor.numel()]))
+            found = create_read_items_for_chunk_list(fqn, stored, [chunk])
+            if sum(item.lengths[0] for item in found) != tensor.numel():
+                raise RunFailed(f"the checkpoint holds {stored.size[0]} elements of {fqn}, {tensor.numel()} wanted")
+            items += found
+        return LoadPlan(items)
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        fqn, offset = read_item.dest_index.fqn, read_item.dest_index.offset
+        assert offset is not None
+        target = self._targets[fqn, offset[0]].detach()
+        return target.narrow(0, read_item.dest_offsets[0], read_item.lengths[0])
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        """Nothing to do: resolve_tensor gave a view of the live state."""
+
+
+def _write_item(index: MetadataIndex, numel: int, tensor: torch.Tensor) -> WriteItem:
+    assert index.offset is not None
+    chunk = ChunkStorageMetadata(index.offset, torch.Size([tensor.numel()]))
+    data = TensorWriteData(chunk, TensorProperties.create_from_tensor(tensor), torch.Size([numel]))
+    return WriteItem(index, WriteItemType.SHARD, tensor_data=data)
+
+
+def stored_sizes(metadata: Metadata) -> dict[str, int]:
+    """Parameter name -> number of elements, for every parameter in a checkpoint."""
+    return {
+        fqn.removeprefix("param/"): int(stored.size[0])
+        for fqn, stored in metadata.state_dict_metadata.items()
+        if fqn.startswith("param/") and isinstance(stored, TensorStorageMetadata)
+    }
+
+
+__all__: list[Any] = ["FragmentLoadPlanner", "FragmentSavePlanner", "key", "stored_sizes"]

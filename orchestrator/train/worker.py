@@ -1,0 +1,223 @@
+"""One rank's life in an attempt: build the engine, load, then batch, step, record, commit until the last step."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from orchestrator import accelerators, storage
+from orchestrator.config import Recipe
+from orchestrator.planning.search import Plan
+from orchestrator.runs import RunDir
+from orchestrator.train.checkpoints import Commit, Position
+
+log = logging.getLogger("terrane.worker")
+
+STOP_POLL_S = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a worker is told. Crosses process borders as plain values."""
+
+    run: str
+    recipe: dict[str, Any]
+    plan: dict[str, Any]
+    attempt: int
+    resume: dict[str, Any] | None
+    """The commit to go on from."""
+
+    def commit(self) -> Commit | None:
+        if self.resume is None:
+            return None
+        return Commit(**{**self.resume, "position": Position(**self.resume["position"])})
+
+
+def train_worker(values: dict[str, Any]) -> None:
+    """Ray Train calls it in every worker of an attempt. It returns at the last step, or early when asked to stop."""
+    job = Job(**values)
+    recipe, plan, run = Recipe.model_validate(job.recipe), Plan(**job.plan), RunDir(job.run)
+    rank, world_size = _ray_rank()
+    with _log_file(run, job.attempt, rank):
+        accelerators.prepare_process(accelerators.ACCELERATORS[plan.accelerator])
+        _train(job, recipe, plan, run, rank, world_size)
+
+
+def _train(job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int, world_size: int) -> None:
+    from orchestrator.data.order import Order
+    from orchestrator.data.pipeline import load_manifest
+    from orchestrator.data.stream import RankSlice, rank_batches
+    from orchestrator.train.schedule import learning_rate
+
+    config, resume = recipe.train, job.commit()
+    manifest = load_manifest(run.corpus)
+    assert manifest is not None, "the supervisor starts no attempt before the corpus is done"
+    order = Order(samples=manifest.sequences("train"), seed=config.seed, global_batch_size=config.global_batch_size)
+    first = resume.step + 1 if resume else 1
+    batches = rank_batches(run.corpus, manifest, order, RankSlice(rank, world_size), first, config.steps)
+
+    engine = _build_engine(recipe, plan, manifest.vocab_size)
+    if resume:
+        engine.load(run.checkpoints, resume)
+    recorder = Recorder(run, job.attempt, rank, tokens_per_step=config.global_batch_size * config.sequence_length)
+    stop = StopRequest(run, rank)
+    saved = resume.step if resume else None
+    for step, tokens in recorder.timed(batches, first):
+        lr = learning_rate(config, step)
+        result = engine.step(tokens, lr, flag=stop.requested())
+        recorder.record(step, result, lr)
+        if not math.isfinite(result.loss):
+            raise FloatingPointError(f"loss is {result.loss} at step {step}")
+        _inject_faults(recipe, run, rank, step)
+        if step % config.checkpoint_every == 0 or step == config.steps or result.flag:
+            position = Position(
+                step=step, seed=config.seed, global_batch_size=config.global_batch_size, corpus_hash=manifest.hash
+            )
+            with recorder.saving(step):
+                commit = engine.save(run.checkpoints, job.attempt, saved, position)
+            saved = step
+            if commit:
+                _after_commit(run, recipe, job.attempt, commit, recorder.checkpoint_s)
+        if result.flag:
+            log.info("step %d: asked to stop, state committed", step)
+            break
+    recorder.close()
+
+
+def _build_engine(recipe: Recipe, plan: Plan, vocab_size: int) -> Any:
+    import torch
+
+    from orchestrator.train.engine import DTYPES, Engine
+    from orchestrator.train.models import build_model
+
+    accelerator = accelerators.ACCELERATORS[plan.accelerator]
+    if accelerator is accelerators.CPU:
+        torch.set_num_threads(max(1, int(recipe.train.cpus_per_worker)))
+    model = build_model(
+        recipe.model,
+        vocab_size=vocab_size,
+        sequence_length=recipe.train.sequence_length,
+        seed=recipe.train.seed,
+        dtype=DTYPES[plan.dtype],
+    )
+    return Engine(model, recipe.train, plan, accelerator)
+
+
+def _after_commit(run: RunDir, recipe: Recipe, attempt: int, commit: Commit, seconds: float) -> None:
+    from orchestrator.train import checkpoints
+
+    run.log_event("committed", attempt=attempt, step=commit.step, seconds=round(seconds, 3), bytes=commit.bytes)
+    log.info("step %d committed: %.1f MB in %.2f s", commit.step, commit.bytes / 1e6, seconds)
+    checkpoints.retain(run.checkpoints, recipe.train.keep_checkpoints)
+
+
+def _inject_faults(recipe: Recipe, run: RunDir, rank: int, step: int) -> None:
+    for index, fault in enumerate(recipe.faults):
+        if fault.rank == rank and fault.step == step and run.claim_fault(index):
+            run.log_event("fault_injected", kind=fault.kind, rank=rank, step=step)
+            log.warning("step %d: fault %d kills this rank", step, index)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _ray_rank() -> tuple[int, int]:
+    import ray.train
+
+    context = ray.train.get_context()
+    return context.get_world_rank(), context.get_world_size()
+
+
+class StopRequest:
+    """Rank 0 looks for the run's stop request, at most once a second; the others learn of it on the step's collective."""
+
+    def __init__(self, run: RunDir, rank: int) -> None:
+        self._run = run
+        self._rank = rank
+        self._next = 0.0
+
+    def requested(self) -> bool:
+        if self._rank != 0 or time.monotonic() < self._next:
+            return False
+        self._next = time.monotonic() + STOP_POLL_S
+        return storage.exists(self._run.stop_request)
+
+
+class Recorder:
+    """Times the parts of every step; rank 0 writes them to the run's metrics."""
+
+    def __init__(self, run: RunDir, attempt: int, rank: int, tokens_per_step: int) -> None:
+        self._out = storage.Appender(run.metrics(attempt)) if rank == 0 else None
+        self._tokens_per_step = tokens_per_step
+        self._started = self._received = 0.0
+        self.checkpoint_s = 0.0
+
+    def timed(self, batches: Iterator[Any], first: int) -> Iterator[tuple[int, Any]]:
+        """Number the batches by step, and time the wait for each."""
+        self._started = time.perf_counter()
+        for step, batch in enumerate(batches, first):
+            self._received = time.perf_counter()
+            yield step, batch
+
+    def record(self, step: int, result: Any, lr: float) -> None:
+        now = time.perf_counter()
+        line = {
+            "step": step,
+            "time": time.time(),
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": lr,
+            "tokens": step * self._tokens_per_step,
+            "tokens_per_second": self._tokens_per_step / (now - self._started),
+            "step_time_s": now - self._started,
+            "data_s": self._received - self._started,
+            "compute_s": now - self._received,
+            "checkpoint_s": self.checkpoint_s,
+        }
+        self._started, self.checkpoint_s = now, 0.0
+        if self._out:
+            self._out.append(json.dumps(line))
+
+    @contextmanager
+    def saving(self, step: int) -> Iterator[None]:
+        """Time of a checkpoint counts to the record of the step after it."""
+        before = time.perf_counter()
+        yield
+        self.checkpoint_s = time.perf_counter() - before
+        self._started += self.checkpoint_s
+        if self._out:
+            self._out.flush()
+
+    def close(self) -> None:
+        if self._out:
+            self._out.close()
+
+
+@contextmanager
+def _log_file(run: RunDir, attempt: int, rank: int) -> Iterator[None]:
+    """Everything logged in this process, and the traceback it ends with, in the attempt's logs."""
+    out = storage.Appender(storage.join(run.attempt_logs(attempt), f"rank-{rank}.log"))
+    handler = logging.Handler()
+    formatter = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler.emit = lambda record: out.append(formatter.format(record))  # type: ignore[method-assign]
+    root = logging.getLogger()
+    root.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    except BaseException:
+        log.exception("rank %d ends", rank)
+        raise
+    finally:
+        root.removeHandler(handler)
+        out.close()
+
+
+def job_values(job: Job) -> dict[str, Any]:
+    return asdict(job)

@@ -86,6 +86,7 @@ def _load(run: RunDir) -> Content:
     claimed = [{"event": "planned", "attempt": number, "plan": plan} for number, plan in plans.items()]
     resolved = run.read_json(run.resolved) or {}
     folder = run.evaluation(0).rpartition("/")[0]
+    results = [storage.join(folder, name) for name in storage.list_files(folder) if name.endswith(".json")]
     by_step = {line["step"]: line for line in metrics}
     return Content(
         recipe=flatten(resolved.get("recipe") or {}),
@@ -96,7 +97,7 @@ def _load(run: RunDir) -> Content:
         counted=[by_step[step] for step in sorted(by_step)],
         plans=plans,
         attempts=attempt_rows([*claimed, *events], metrics),
-        evaluations=[run.read_json(storage.join(folder, name)) or {} for name in storage.list_files(folder)],
+        evaluations=[run.read_json(uri) or {} for uri in results],
         answers=(run.read_json(run.answers) or {}).get("answers") or [],
     )
 
@@ -286,8 +287,8 @@ def _stage_bars(content: Content) -> list[Bar]:
             stage, begun = str(opened.get("stage")), opened["time"]
             finished = event["event"] == "stage_finished" and event.get("stage") == opened.get("stage")
             end = event["time"] if finished else max((at for at in signs if at < event["time"]), default=begun)
-            if not (finished and event.get("skipped")):
-                bars.append(Bar(stage, begun, begun, max(begun, end)))
+            if end > begun and not (finished and event.get("skipped")):
+                bars.append(Bar(stage, begun, begun, end))
         opened = event if event["event"] == "stage_started" else None
     return bars
 
@@ -522,14 +523,14 @@ h1 { margin: 0; font-size: 2rem; line-height: 1.2; letter-spacing: -.02em; overf
 h2 { margin: 3rem 0 .75rem; padding-top: .75rem; border-top: 1px solid var(--line); font-size: 1.1rem }
 p, dt, th, figcaption, header span { color: var(--soft) }
 header p { margin: .6rem 0 0; font-size: 1.1rem; color: var(--ink) }
-figure { margin: 1rem 0 }
-svg { display: block; width: 100%; height: auto; color: var(--ink) }
+figure { margin: 1rem 0; overflow-x: auto }
+svg { display: block; width: 100%; min-width: 34rem; height: auto; color: var(--ink) }
 svg text { font-family: inherit !important }
 .wide { overflow-x: auto; margin: 1rem 0 }
 table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .4rem .75rem; border-bottom: 1px solid var(--line); vertical-align: top; text-align: left }
 th { font-weight: 500; white-space: nowrap }
-td { overflow-wrap: anywhere; white-space: pre-wrap }
+td { max-width: 30rem; overflow-wrap: break-word; white-space: pre-wrap }
 .r { text-align: right; white-space: nowrap }
 th, dt, figcaption { font-size: .85rem }
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .6rem; margin: 1rem 0 }

@@ -154,7 +154,8 @@ class RunDir:
         lines = []
         for name in storage.list_files(self.path("metrics")):
             attempt = int(name.removeprefix("attempt-").removesuffix(".jsonl"))
-            for text in storage.read(self.path("metrics", name)).decode().splitlines():
+            whole, _, _ = storage.read(self.path("metrics", name)).decode().rpartition("\n")  # not a line half written
+            for text in whole.splitlines():
                 lines.append({"attempt": attempt, **json.loads(text)})
         return lines
 

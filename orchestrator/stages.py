@@ -211,16 +211,27 @@ def _serve(session: _Session) -> None:
     run, serving = session.run, session.recipe.serving
     settings = _serve_key(session)
     session.connect()
-    args = deploy.serve_args(run.model, serving, name=session.recipe.name)
+    args = {
+        "model": run.model,
+        "name": session.recipe.name,
+        "min_replicas": serving.min_replicas,
+        "max_replicas": serving.max_replicas,
+        "cpus_per_replica": serving.cpus_per_replica,
+    }
+    answers = []
     try:
         url = deploy.deploy(args, port=0)
         log.info("serve: POST %s/v1/completions answers", url)
-        answers = [deploy.ask(url, prompt, serving.max_tokens) for prompt in serving.prompts]
+        for prompt in serving.prompts:
+            answer = deploy.ask(url, prompt, serving.max_tokens)
+            tokens = answer["usage"]["completion_tokens"]
+            log.info("serve: %r -> %r (%d tokens, %.2f s)", prompt, answer["text"], tokens, answer["seconds"])
+            answers.append(
+                {"prompt": prompt, "completion": answer["text"], "tokens": tokens, "seconds": answer["seconds"]}
+            )
     finally:
         deploy.stop()
     run.write_json(run.answers, {"settings": settings, "answers": answers})
-    for answer in answers:
-        log.info("serve: %r -> %r", answer["prompt"], answer["completion"])
 
 
 def _report_done(session: _Session) -> bool:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from orchestrator import storage
 from orchestrator.config import Recipe
 from orchestrator.data import tokenizer as tokenizers
-from orchestrator.data.pipeline import Manifest
+from orchestrator.data.pipeline import Manifest, load_manifest
+from orchestrator.errors import UserError
 from orchestrator.runs import RunDir
 from orchestrator.train.checkpoints import Commit
+
+log = logging.getLogger(__name__)
 
 
 def export(run: RunDir, recipe: Recipe, manifest: Manifest, commit: Commit, target: str) -> None:
@@ -43,6 +47,30 @@ def export(run: RunDir, recipe: Recipe, manifest: Manifest, commit: Commit, targ
         storage.upload_directory(Path(folder), target)
     facts = {"format": 1, "run": run.name, "step": commit.step, "corpus": manifest.hash}
     storage.write(storage.join(target, "terrane.json"), (json.dumps(facts, indent=2) + "\n").encode())
+
+
+def export_step(run: RunDir, step: int | None, target: str) -> int:
+    """Export the checkpoint of a step, or the newest whole one; returns its step.
+
+    Raises:
+        UserError: there is no such checkpoint, or it is damaged.
+    """
+    from orchestrator.train import checkpoints
+
+    manifest = load_manifest(run.corpus)
+    known = checkpoints.committed_steps(run.checkpoints)
+    if manifest is None or not known:
+        raise UserError(f"{run.uri} has no checkpoint yet", "terrane run makes one")
+    if step is not None and step not in known:
+        raise UserError(f"{run.uri} has no checkpoint of step {step}", f"it has {', '.join(map(str, known))}")
+    for candidate in [step] if step is not None else reversed(known):
+        commit = checkpoints.read_commit(run.checkpoints, candidate)
+        fault = checkpoints.damage(run.checkpoints, commit)
+        if fault is None:
+            export(run, run.recipe(), manifest, commit, target)
+            return commit.step
+        log.warning("checkpoint of step %d passed over: %s", candidate, fault)
+    raise UserError(f"{run.uri}: no checkpoint asked for is whole", "terrane status lists the others")
 
 
 def model_card(recipe: Recipe, manifest: Manifest, commit: Commit) -> str:

@@ -1,0 +1,11 @@
+"""The train stage as a Ray job: `ray job submit --working-dir . -- python -m jobs.train RECIPE [key=value ...]`.
+
+It connects to the cluster that it runs in. Submitted again, it goes on where it stopped.
+"""
+
+import sys
+
+from orchestrator.cli import run_job
+
+if __name__ == "__main__":
+    raise SystemExit(run_job(("train",), sys.argv[1:]))

@@ -1,0 +1,256 @@
+"""The command line: one short function per verb, which parses, calls and prints. Heavy imports happen where they are used."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from orchestrator.errors import Interrupted, UserError
+
+app = typer.Typer(
+    name="terrane",
+    help="Adapt an open language model to a scientific corpus on whatever Ray cluster is at hand, and serve it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file; jobs/recipes/ has examples")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="as in train.lr=1e-4")]
+RunPath = Annotated[str, typer.Argument(metavar="RUN", help="run directory, local or s3://")]
+Address = Annotated[str | None, typer.Option(help="Ray cluster to use; without it one is started on this machine")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+
+def main() -> None:
+    """Entry point of the `terrane` command."""
+    raise SystemExit(guarded(lambda: app(standalone_mode=False)))
+
+
+def guarded(call: Callable[[], Any]) -> int:
+    """Run a command; errors that a user can act on become a message and an exit code, the rest keep their traceback."""
+    import click
+
+    try:
+        result = call()
+        return result if isinstance(result, int) else 0
+    except UserError as error:
+        if os.environ.get("TERRANE_DEBUG"):
+            traceback.print_exc()
+        print_error(error)
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        print_error(Interrupted("interrupted; finished work is kept", "run the same command to go on"))
+        return 130
+
+
+def print_error(error: UserError) -> None:
+    """`error:` with the value and the place, `hint:` with the next step."""
+    typer.echo(f"{'stopped' if isinstance(error, Interrupted) else 'error'}: {error.message}", err=True)
+    if error.hint:
+        typer.echo(f"hint: {error.hint}", err=True)
+
+
+def run_job(stages: tuple[str, ...], arguments: list[str]) -> int:
+    """What `python -m jobs.NAME RECIPE [key=value ...]` does: the stages, on the cluster that the job runs in."""
+
+    def call() -> None:
+        if not arguments or arguments[0].startswith("-"):
+            raise UserError("no recipe given", "python -m jobs.NAME RECIPE [key=value ...]")
+        _run(arguments[0], arguments[1:], stages, os.environ.get("RAY_ADDRESS", "auto"))
+
+    return guarded(call)
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    stage: Annotated[str | None, typer.Option(help="only this stage")] = None,
+    address: Address = None,
+) -> None:
+    """Corpus, training, export, evaluation, a served answer, report. The same command goes on where it stopped."""
+    from orchestrator.stages import STAGES
+
+    if stage is not None and stage not in STAGES:
+        raise UserError(f"--stage {stage} is no stage", f"one of {', '.join(STAGES)}")
+    _run(recipe, overrides or [], (stage,) if stage else STAGES, address)
+
+
+def _run(recipe: str, overrides: list[str], stages: tuple[str, ...], address: str | None) -> None:
+    from orchestrator.config import load_recipe
+    from orchestrator.console import set_up_logging
+    from orchestrator.stages import run_recipe
+
+    set_up_logging()
+    loaded = load_recipe(recipe, overrides)
+    run = run_recipe(loaded, source=Path(recipe).read_text(encoding="utf-8"), stages=stages, address=address)
+    typer.echo(_next_commands(run.uri))
+
+
+def _next_commands(uri: str) -> str:
+    place = _shortest(uri)
+    return "\n".join(
+        (
+            f"done: {place}",
+            f"  look      terrane status {place}",
+            f"  read      {place}/report.html",
+            f"  serve     terrane serve {place}/model",
+            "  talk      terrane chat http://127.0.0.1:8000",
+        )
+    )
+
+
+def _shortest(uri: str) -> str:
+    """Relative to the working directory where that is shorter."""
+    if "://" in uri:
+        return uri
+    relative = os.path.relpath(uri)
+    return relative if len(relative) < len(uri) else uri
+
+
+@app.command()
+def plan(recipe: RecipePath, overrides: Overrides = None, address: Address = None, as_json: AsJson = False) -> None:
+    """The layout that training would take on the cluster as it is now, and why others lost."""
+    from dataclasses import asdict
+
+    from orchestrator import cluster, supervisor
+    from orchestrator.config import load_recipe
+    from orchestrator.runs import RunDir
+    from orchestrator.stages import check_inputs
+    from orchestrator.storage import absolute, join
+
+    loaded = load_recipe(recipe, overrides or [])
+    check_inputs(loaded)
+    with cluster.connection(address):
+        found = supervisor.make_plan(RunDir(join(absolute(loaded.storage), loaded.name)), loaded)
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=2))
+        return
+    memory, time_s = found.memory_bytes / 2**30, found.step_time_s
+    typer.echo(f"{found}: {memory:.1f} GiB a worker, {time_s:.2f} s a step (predicted); {found.reason}")
+    for loser in found.losers:
+        typer.echo(f"  {loser}")
+
+
+@app.command()
+def status(run: RunPath, as_json: AsJson = False) -> None:
+    """Where a run is: stages, attempts, the last step and the newest checkpoint."""
+    from orchestrator.runs import find_run
+    from orchestrator.status import describe, summarize
+
+    summary = summarize(find_run(run))
+    typer.echo(json.dumps(summary, indent=2) if as_json else describe(summary))
+
+
+@app.command()
+def logs(
+    run: RunPath,
+    attempt: Annotated[int | None, typer.Option(help="default: the last")] = None,
+    rank: Annotated[int | None, typer.Option(help="default: all")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What the workers of an attempt logged, with the tracebacks they ended with."""
+    from orchestrator.runs import find_run
+    from orchestrator.status import worker_logs
+
+    found = worker_logs(find_run(run), attempt, rank)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    for name, text in found.items():
+        typer.echo(f"==> {name} <==\n{text}")
+
+
+@app.command()
+def stop(run: RunPath) -> None:
+    """Ask a run to commit after the step it is in, and end. `terrane run` goes on from there."""
+    from orchestrator.runs import find_run
+    from orchestrator.supervisor import request_stop
+
+    request_stop(find_run(run), "terrane stop")
+    typer.echo("asked; the workers commit after the step they are in")
+
+
+@app.command()
+def report(run: RunPath) -> None:
+    """Write report.html and report.md from what the run has so far."""
+    from orchestrator.report import write_report
+    from orchestrator.runs import find_run
+
+    typer.echo(write_report(find_run(run)))
+
+
+@app.command()
+def export(
+    run: RunPath,
+    step: Annotated[int | None, typer.Option(help="of the checkpoint; default: the newest")] = None,
+    out: Annotated[str | None, typer.Option(help="directory or s3:// URI; default: RUN/model")] = None,
+) -> None:
+    """A checkpoint as a Hugging Face model directory."""
+    from orchestrator.runs import find_run
+    from orchestrator.storage import absolute
+    from orchestrator.train.export import export_step
+
+    found = find_run(run)
+    target = absolute(out) if out else found.model
+    typer.echo(f"step {export_step(found, step, target)} exported to {target}")
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face directory, local or s3://")],
+    port: Annotated[int, typer.Option(help="0 takes a free one")] = 8000,
+    host: Annotated[str, typer.Option()] = "127.0.0.1",
+    max_replicas: Annotated[int, typer.Option(help="replicas grow to this under load")] = 1,
+    cpus_per_replica: Annotated[float, typer.Option()] = 1.0,
+    gpus_per_replica: Annotated[float, typer.Option()] = 0.0,
+    address: Address = None,
+) -> None:
+    """Serve a model with an OpenAI-compatible API until Ctrl-C."""
+    from serve.local import serve_until_interrupted
+
+    args = {
+        "model": model,
+        "max_replicas": max_replicas,
+        "cpus_per_replica": cpus_per_replica,
+        "gpus_per_replica": gpus_per_replica,
+    }
+    serve_until_interrupted(args, host=host, port=port, address=address, say=typer.echo)
+
+
+@app.command()
+def chat(
+    target: Annotated[str, typer.Argument(metavar="MODEL_OR_URL", help="a running service's URL, or a model to serve")],
+) -> None:
+    """Talk to a model in the terminal. A base model completes what you type."""
+    from serve.local import chat_with
+
+    chat_with(target, say=typer.echo)
+
+
+@app.command()
+def doctor(as_json: AsJson = False, address: Address = None) -> None:
+    """What this machine, or the cluster at --address, can run, with what to fix."""
+    from orchestrator.doctor import examine
+
+    checks = examine(address)
+    if as_json:
+        typer.echo(json.dumps([vars(check) for check in checks], indent=2))
+    else:
+        for check in checks:
+            typer.echo(f"{'ok ' if check.ok else 'FIX'}  {check.name}: {check.found}")
+            if not check.ok:
+                typer.echo(f"     {check.fix}")
+    sys.exit(0 if all(check.ok for check in checks) else 1)

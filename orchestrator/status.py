@@ -1,0 +1,74 @@
+"""Where a run is, for `terrane status` and `terrane logs`: read from its directory alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from orchestrator import storage
+from orchestrator.errors import UserError
+from orchestrator.goodput import attempt_rows
+from orchestrator.runs import RunDir
+from orchestrator.train.checkpoints import committed_steps
+
+
+def summarize(run: RunDir) -> dict[str, Any]:
+    """The state of a run as plain values."""
+    events, lines = run.events(), run.metric_lines()
+    recipe = run.recipe()
+    last = max(lines, key=lambda line: line["time"]) if lines else None
+    started = {event["stage"] for event in events if event["event"] == "stage_started"}
+    finished = {event["stage"] for event in events if event["event"] == "stage_finished"}
+    evaluations = [name for name in storage.list_files(run.path("evaluation")) if name.endswith(".json")]
+    return {
+        "run": run.uri,
+        "stages": {name: "done" if name in finished else "begun" for name in sorted(started)},
+        "step": last["step"] if last else 0,
+        "steps": recipe.train.steps,
+        "loss": last["loss"] if last else None,
+        "tokens_per_second": last["tokens_per_second"] if last else None,
+        "checkpoints": committed_steps(run.checkpoints),
+        "attempts": [vars(row) for row in attempt_rows(events, lines)],
+        "evaluation": run.read_json(run.path("evaluation", evaluations[-1])) if evaluations else None,
+        "last_event": events[-1] if events else None,
+    }
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """The summary for a person."""
+    out = [summary["run"]]
+    stages = ", ".join(f"{name} {state}" for name, state in summary["stages"].items())
+    out.append(f"  stages       {stages or 'none begun'}")
+    if summary["step"]:
+        speed = f"loss {summary['loss']:.4f}, {summary['tokens_per_second']:.0f} tokens/s"
+        out.append(f"  step         {summary['step']} of {summary['steps']}, {speed}")
+    for row in summary["attempts"]:
+        repeated = f", {row['steps_repeated']} steps repeated" if row["steps_repeated"] else ""
+        recovered = f", recovered in {row['recovery_s']:.1f} s" if row["recovery_s"] else ""
+        steps = f"steps {row['first_step']}-{row['last_step']}"
+        state = row["outcome"] or "no end recorded"
+        out.append(f"  attempt {row['number']:<4} {row['workers']} workers, {steps}, {state}{repeated}{recovered}")
+    if summary["checkpoints"]:
+        out.append(f"  checkpoints  {', '.join(map(str, summary['checkpoints']))}")
+    if evaluation := summary["evaluation"]:
+        before, after = evaluation["base"]["perplexity"], evaluation["model"]["perplexity"]
+        out.append(f"  perplexity   {before:.1f} before, {after:.1f} after")
+    return "\n".join(out)
+
+
+def worker_logs(run: RunDir, attempt: int | None, rank: int | None) -> dict[str, str]:
+    """Log file name -> text, of one attempt.
+
+    Raises:
+        UserError: there is no such attempt or rank.
+    """
+    attempts = run.attempts()
+    if not attempts:
+        raise UserError(f"{run.uri} has no attempt yet", "terrane run begins one")
+    number = attempts[-1] if attempt is None else attempt
+    if number not in attempts:
+        raise UserError(f"{run.uri} has no attempt {number}", f"it has {', '.join(map(str, attempts))}")
+    folder = run.attempt_logs(number)
+    names = [name for name in storage.list_files(folder) if rank is None or name == f"rank-{rank}.log"]
+    if not names:
+        raise UserError(f"attempt {number} of {run.uri} has no log{'' if rank is None else f' of rank {rank}'}")
+    return {f"attempt {number} {name}": storage.read(storage.join(folder, name)).decode() for name in names}

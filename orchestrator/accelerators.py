@@ -63,9 +63,7 @@ DCU = Accelerator(
     torch_device="cuda",
     smi=("hy-smi", "rocm-smi"),
 )
-CPU = Accelerator(
-    name="cpu", ray_resource="CPU", visible_devices="", backend="gloo", torch_device="cpu", smi=()
-)
+CPU = Accelerator(name="cpu", ray_resource="CPU", visible_devices="", backend="gloo", torch_device="cpu", smi=())
 ACCELERATORS = {accelerator.name: accelerator for accelerator in (CUDA, DCU, CPU)}
 
 

@@ -1,4 +1,7 @@
-"""The command line: one short function per verb, which parses, calls and prints. Heavy imports happen where they are used."""
+"""The command line: one short function per verb, which parses, calls and prints.
+
+Heavy imports happen where they are used, so that `terrane --help` answers at once.
+"""
 
 from __future__ import annotations
 

@@ -33,7 +33,9 @@ def connection(address: str | None) -> Iterator[None]:
         try:
             ray.init(address=address, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise UserError(f"no Ray cluster answers at {address}: {error}", "start one with `ray start --head`") from None
+            raise UserError(
+                f"no Ray cluster answers at {address}: {error}", "start one with `ray start --head`"
+            ) from None
         with _disconnecting():
             yield
         return

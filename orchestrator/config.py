@@ -18,8 +18,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from orchestrator.errors import UserError
 
-FORMAT = 1
-
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -113,7 +111,7 @@ class TrainConfig(Section):
     cpus_per_worker: float = Field(default=1.0, gt=0)
     """CPUs that Ray reserves for a worker; on a CPU pool this is what a device is."""
     max_restarts: int = Field(default=10, ge=0)
-    """Attempts after the first before the run is given up. An attempt that commits a checkpoint starts the count anew."""
+    """Attempts after the first before the run is given up. A commit starts the count anew."""
 
 
 class EvaluationConfig(Section):
@@ -145,7 +143,7 @@ class Fault(Section):
 
 
 class Recipe(Section):
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """Of the run: it lives in `<storage>/<name>`."""
     storage: str = "runs"
@@ -247,16 +245,15 @@ class _Document:
         node: Any = self.values
         for depth, part in enumerate(parts):
             self.places[tuple(parts[: depth + 1])] = f"command line, {override}:"
-            if isinstance(node, list):
-                part = int(part) if part.isdigit() and int(part) < len(node) else -1  # type: ignore[assignment]
-                if part == -1:
-                    raise UserError(f"{override!r}: {'.'.join(parts[:depth])} has {len(node)} entries, from 0")
-            elif not isinstance(node, dict):
+            if not isinstance(node, (dict, list)):
                 raise UserError(f"{override!r}: {'.'.join(parts[:depth])} is a value and has no fields")
+            if isinstance(node, list) and not (part.isdigit() and int(part) < len(node)):
+                raise UserError(f"{override!r}: {'.'.join(parts[:depth])} has {len(node)} entries, from 0")
+            index: Any = int(part) if isinstance(node, list) else part
             if depth == len(parts) - 1:
-                node[part] = value
+                node[index] = value
             else:
-                node = node.setdefault(part, {}) if isinstance(node, dict) else node[part]
+                node = node.setdefault(index, {}) if isinstance(node, dict) else node[index]
 
     def place_of(self, location: _PLACE) -> str:
         for length in range(len(location), -1, -1):
@@ -270,7 +267,9 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")]
+    first: [
+        (tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$", re.IGNORECASE), list("tTfF"))

@@ -46,7 +46,9 @@ def _machine() -> Iterator[Check]:
     yield Check("free disk", free >= MIN_FREE_GIB, f"{free:.0f} GiB", "make room, or set storage= to another disk")
     yield Check("CPUs and memory", True, f"{os.cpu_count()} CPUs, {_memory_gib():.0f} GiB")
     unsafe = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD" in os.environ
-    yield Check("safe loading", not unsafe, "weights only" if not unsafe else "off", "unset TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    yield Check(
+        "safe loading", not unsafe, "weights only" if not unsafe else "off", "unset TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    )
 
 
 def _package(name: str) -> Check:

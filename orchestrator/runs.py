@@ -1,9 +1,9 @@
 """RunDir: every path name of a run, its claims and its event log. A path of a run is spelled here and nowhere else.
 
-    <storage>/<run>/
-      recipe.yaml  resolved.json
-      corpus/  events/  metrics/  attempts/  checkpoints/  evaluation/  serving/  model/
-      report.html  report.md
+<storage>/<run>/
+  recipe.yaml  resolved.json
+  corpus/  events/  metrics/  attempts/  checkpoints/  evaluation/  serving/  model/
+  report.html  report.md
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Recipe -> Corpus -> Plan -> Attempts -> Model -> Service: every stage in order, each skipped when its result stands."""
+"""Recipe -> Corpus -> Attempts -> Model -> Service: every stage in order, each skipped when its result stands."""
 
 from __future__ import annotations
 
@@ -75,9 +75,7 @@ def check_inputs(recipe: Recipe) -> None:
 class _Session:
     """What the stages of one command share: the run, and a Ray cluster from the first stage on that needs one."""
 
-    def __init__(
-        self, run: RunDir, recipe: Recipe, console: Console, stack: ExitStack, address: str | None
-    ) -> None:
+    def __init__(self, run: RunDir, recipe: Recipe, console: Console, stack: ExitStack, address: str | None) -> None:
         self.run = run
         self.recipe = recipe
         self.console = console
@@ -125,7 +123,9 @@ def _make_corpus(session: _Session) -> None:
     manifest = pipeline.build_corpus(session.recipe, session.run.corpus, session.console.progress)
     documents, train = manifest.documents, manifest.splits["train"]
     dropped = ", ".join(f"{count} {reason}" for reason, count in documents["dropped"].items())
-    log.info("corpus: %d documents read, %d kept (dropped: %s)", documents["read"], documents["kept"], dropped or "none")
+    log.info(
+        "corpus: %d documents read, %d kept (dropped: %s)", documents["read"], documents["kept"], dropped or "none"
+    )
     log.info("corpus: %d training tokens in %d shards", train["tokens"], len(train["shards"]))
 
 
@@ -261,4 +261,3 @@ def _timed(run: RunDir, stage: str) -> Iterator[None]:
     before = time.time()
     yield
     run.log_event("stage_finished", stage=stage, seconds=round(time.time() - before, 2))
-

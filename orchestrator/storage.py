@@ -15,14 +15,9 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from orchestrator.errors import StorageError
-
-if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
-else:
-    S3Client = Any
 
 
 def is_s3(uri: str) -> bool:
@@ -49,7 +44,7 @@ def read(uri: str) -> bytes:
         return Path(uri).read_bytes()
     with _missing_as_file_not_found(uri):
         bucket, key = _split(uri)
-        return _s3().get_object(Bucket=bucket, Key=key)["Body"].read()
+        return bytes(_s3().get_object(Bucket=bucket, Key=key)["Body"].read())
 
 
 def write(uri: str, data: bytes) -> None:
@@ -189,7 +184,9 @@ def check_writable(uri: str) -> None:
             write(probe, b"")
         delete(probe)
     except OSError as error:
-        raise StorageError(f"cannot write to {uri}: {error.strerror or error}", "check the path and its owner") from None
+        raise StorageError(
+            f"cannot write to {uri}: {error.strerror or error}", "check the path and its owner"
+        ) from None
     except Exception as error:  # boto3 raises a dozen unrelated classes: credentials, endpoint, bucket, permission
         if not is_s3(uri):
             raise
@@ -219,7 +216,7 @@ def _write_synced(path: Path, data: bytes) -> None:
 
 
 @functools.cache
-def _s3() -> S3Client:
+def _s3() -> Any:
     import boto3
     from botocore.config import Config
 

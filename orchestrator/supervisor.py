@@ -57,7 +57,9 @@ def supervise(run: RunDir, recipe: Recipe, on_step: Callable[[dict[str, Any]], N
         run.log_event("attempt_ended", **asdict(ending))
         run.log_event("decided", attempt=attempt, action=decision.action, reason=decision.reason)
         if ending.outcome == "stopped":
-            raise Interrupted(f"stopped at step {ending.committed_step}, its state is committed", "run the same command")
+            raise Interrupted(
+                f"stopped at step {ending.committed_step}, its state is committed", "run the same command"
+            )
         if decision.action == "give_up":
             hint = f"terrane logs {run.uri} shows the workers' last words"
             raise RunFailed(f"attempt {attempt} ended: {_first_line(ending.message)}; {decision.reason}", hint)
@@ -120,7 +122,9 @@ def _attempt(
         except KeyboardInterrupt:
             interrupts += 1
             if interrupts > 1:
-                raise Interrupted("stopped at once; what the last checkpoint holds is safe", "run the same command") from None
+                raise Interrupted(
+                    "stopped at once; what the last checkpoint holds is safe", "run the same command"
+                ) from None
             log.warning("stopping: the workers commit after this step (Ctrl-C again to drop it)")
             request_stop(run, "Ctrl-C")
     follower.poll()
@@ -260,6 +264,3 @@ def _first_line(text: str) -> str:
 
 def _as_json(chosen: Plan) -> dict[str, Any]:
     return {**asdict(chosen), "node_ids": list(chosen.node_ids), "losers": list(chosen.losers)}
-
-
-

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import fnmatch
-import glob
 import gzip
 import json
 import warnings
@@ -51,7 +50,8 @@ def list_source(source: Source) -> list[SourceFile]:
             root, _, name = path.rpartition("/")
             names = [name]
     elif "*" in path:
-        names = [str(Path(p).relative_to(root)) for p in glob.glob(path, recursive=True) if Path(p).is_file()]
+        found = Path(root or ".").glob(path[len(root) :].lstrip("/"))
+        names = [str(p.relative_to(root or ".")) for p in found if p.is_file()]
     elif Path(path).is_file():
         root, names = str(Path(path).parent), [Path(path).name]
     elif Path(path).is_dir():
@@ -61,7 +61,9 @@ def list_source(source: Source) -> list[SourceFile]:
     wanted = sorted(name for name in names if _is_wanted(name, source, path, root))
     if not wanted:
         patterns = ", ".join(source.include) or ", ".join(f"*{suffix}" for suffix in READERS)
-        raise UserError(f"source {source.name}: no file under {path} matches {patterns}", "see corpus.sources[].include")
+        raise UserError(
+            f"source {source.name}: no file under {path} matches {patterns}", "see corpus.sources[].include"
+        )
     files = [SourceFile(source.name, uri := storage.join(root, name), name, storage.size(uri)) for name in wanted]
     if not any(file.bytes for file in files):
         raise UserError(f"source {source.name}: all {len(files)} files under {path} are empty")

@@ -233,9 +233,7 @@ def _tokenizer(
 
 def _sample(recipe: Recipe, extracted: list[Extracted], kept: list[np.ndarray]) -> list[tuple[Unit, np.ndarray]]:
     """(unit, mask) of a random sample of the training documents: those with the least content hash, up to a size."""
-    masks = [
-        mask & ~held_out(e.hashes, recipe.corpus.held_out) for e, mask in zip(extracted, kept, strict=True)
-    ]
+    masks = [mask & ~held_out(e.hashes, recipe.corpus.held_out) for e, mask in zip(extracted, kept, strict=True)]
     hashes = np.concatenate([e.hashes for e in extracted])
     characters = np.concatenate([e.characters for e in extracted]) * np.concatenate(masks)
     # The first 8 bytes decide the split, so the last 8 order the sample.
@@ -265,8 +263,8 @@ def _publish_tokenizer(folder: Path, uri: str) -> None:
 @dataclass(frozen=True, kw_only=True)
 class PackedUnit:
     number: int
-    shards: dict[str, list[shards.Shard]] = field(default_factory=dict)
-    """By split."""
+    written: dict[str, list[shards.Shard]] = field(default_factory=dict)
+    """Shards by split."""
     tails: dict[str, shards.Packed] = field(default_factory=dict)
     """By split: the tokens after the last whole sequence."""
 
@@ -285,7 +283,7 @@ def pack_unit(
         if len(whole.tokens):
             name = f"shards/{split}-{unit.number:06d}.arrow"
             shard = shards.write_shard(corpus, name, whole, sequence_length, len(tokenizer))
-            result.shards[split] = [shard]
+            result.written[split] = [shard]
     return result
 
 
@@ -333,7 +331,7 @@ def _manifest(
     splits: dict[str, dict[str, Any]] = {}
     lost = 0
     for split in ("train", "held_out"):
-        found = [shard for unit in packed for shard in unit.shards.get(split, [])]
+        found = [shard for unit in packed for shard in unit.written.get(split, [])]
         tail = shards.join([unit.tails[split] for unit in packed])
         whole, rest = tail.split_at(len(tail.tokens) // length * length)
         lost += len(rest.tokens)
@@ -411,6 +409,9 @@ def _run_units(
     import pickle
 
     import ray
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
 
     def on_row(row: dict[str, Any]) -> dict[str, Any]:
         return {"result": pickle.dumps(work(pickle.loads(row["unit"])))}

@@ -76,5 +76,7 @@ def document_end(tokenizer: Any) -> int:
         UserError: the tokenizer has none.
     """
     if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no eos token to end documents with", "set eos_token in tokenizer_config.json")
+        raise UserError(
+            "the tokenizer has no eos token to end documents with", "set eos_token in tokenizer_config.json"
+        )
     return int(tokenizer.eos_token_id)

@@ -92,7 +92,13 @@ def _layouts(train: TrainConfig, shape: ModelShape, pool: NodePool, single: bool
 
 
 def _judge(
-    train: TrainConfig, shape: ModelShape, pool: NodePool, single: bool, workers: int, micro_batch_size: int, available: int
+    train: TrainConfig,
+    shape: ModelShape,
+    pool: NodePool,
+    single: bool,
+    workers: int,
+    micro_batch_size: int,
+    available: int,
 ) -> Plan | _Rejected:
     dtype = choose_dtype(train.dtype, pool.accelerator)
     memory: Memory = worker_memory(

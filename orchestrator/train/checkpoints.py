@@ -80,7 +80,7 @@ def read_commit(checkpoints: str, step: int) -> Commit:
 
 
 def damage(checkpoints: str, commit: Commit) -> str | None:
-    """What is wrong with the files of a checkpoint: the first that is missing, short or altered; None if all are whole."""
+    """The first file of a checkpoint that is missing, short or altered, in words; None if all are whole."""
     directory = step_directory(checkpoints, commit.step)
     for name, expected in commit.files.items():
         uri = storage.join(directory, name)
@@ -137,11 +137,16 @@ def save(checkpoints: str, attempt: int, parent: int | None, position: Position,
     with _staging(target) as local:
         writer = dcp.FileSystemWriter(local, sync_files=True)
         dcp.save({}, storage_writer=writer, planner=FragmentSavePlanner(fragments))
-        mine = [f for f in storage.list_files(str(local)) if f.startswith(f"__{rank}_") or (rank == 0 and f == ".metadata")]
+        mine = [
+            f for f in storage.list_files(str(local)) if f.startswith(f"__{rank}_") or (rank == 0 and f == ".metadata")
+        ]
         if storage.is_s3(target):
             for name in mine:
                 storage.upload(local / name, storage.join(target, name))
-        facts = {f"{attempt_folder(attempt)}/{n}": {"bytes": (local / n).stat().st_size, "xxh3": _hash(str(local / n))} for n in mine}
+        facts = {
+            f"{attempt_folder(attempt)}/{n}": {"bytes": (local / n).stat().st_size, "xxh3": _hash(str(local / n))}
+            for n in mine
+        }
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, facts)
     files = {name: fact for part in gathered for name, fact in part.items()}

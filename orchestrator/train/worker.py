@@ -135,7 +135,7 @@ def _ray_rank() -> tuple[int, int]:
 
 
 class StopRequest:
-    """Rank 0 looks for the run's stop request, at most once a second; the others learn of it on the step's collective."""
+    """Rank 0 looks for the run's stop request, once a second; the others learn of it on the step's collective."""
 
     def __init__(self, run: RunDir, rank: int) -> None:
         self._run = run

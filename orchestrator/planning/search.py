@@ -12,7 +12,7 @@ from orchestrator.planning.memory import Memory, worker_memory
 from orchestrator.planning.shape import ModelShape
 from orchestrator.planning.throughput import PLATFORMS, step_time_s
 
-MAX_LOSERS = 8
+MAX_LOSERS = 4
 _GIB = 2**30
 
 
@@ -55,6 +55,7 @@ class Plan:
 class _Rejected:
     layout: str
     why: str
+    memory_bytes: int = 0
 
 
 def plan(recipe: Recipe, shape: ModelShape, pools: list[NodePool]) -> Plan:
@@ -73,9 +74,9 @@ def plan(recipe: Recipe, shape: ModelShape, pools: list[NodePool]) -> Plan:
     ranked = sorted(fitting, key=lambda p: (p.step_time_s, -p.micro_batch_size))
     best = ranked[0]
     slower = [f"{_name(p)}: {p.step_time_s:.2f} s a step against {best.step_time_s:.2f}" for p in ranked[1:]]
-    losers = [*slower, *(f"{r.layout}: {r.why}" for r in rejected)]
+    refused = [f"{r.layout}: {r.why}" for r in rejected]
     reason = f"fastest of {len(ranked)} layouts that fit, of {len(ranked) + len(rejected)}"
-    return replace(best, reason=reason, losers=tuple(losers[:MAX_LOSERS]))
+    return replace(best, reason=reason, losers=(*slower[:MAX_LOSERS], *refused[:MAX_LOSERS]))
 
 
 def _layouts(train: TrainConfig, shape: ModelShape, pool: NodePool, single: bool) -> Iterator[Plan | _Rejected]:
@@ -132,7 +133,7 @@ def _judge(
     )
     if memory.total > available:
         why = f"needs {memory.total / _GIB:.1f} GiB a worker, {available / _GIB:.1f} GiB are there"
-        return _Rejected(_name(found), why)
+        return _Rejected(_name(found), why, memory.total)
     return found
 
 
@@ -160,6 +161,8 @@ def _no_plan(train: TrainConfig, pools: list[NodePool], rejected: list[_Rejected
             f"train.workers.min={train.workers.min} is more than train.global_batch_size={train.global_batch_size}",
             "a worker needs at least one sequence a step",
         )
-    lines = "; ".join(f"{r.layout}: {r.why}" for r in rejected[:4])
-    hint = "change train.workers to a divisor of the batch, use more devices, or a smaller model"
-    return PlanError(f"no layout fits: {lines}", hint)
+    nearest = min(rejected, key=lambda r: r.memory_bytes or float("inf"))
+    hint = "use more devices, a smaller model or shorter sequences"
+    if not nearest.memory_bytes:
+        hint = "set train.workers to a divisor of train.global_batch_size"
+    return PlanError(f"no layout fits; the nearest is {nearest.layout}: {nearest.why}", hint)

@@ -1,0 +1,76 @@
+"""Checkpoints as files: what is trusted, what is not, what is kept. No torch here."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from orchestrator import storage
+from orchestrator.train import checkpoints
+from orchestrator.train.checkpoints import Commit, Position
+
+
+def commit(root: str, step: int, attempt: int = 1) -> Commit:
+    directory = checkpoints.step_directory(root, step)
+    name = f"{checkpoints.attempt_folder(attempt)}/__0_0.distcp"
+    storage.write(storage.join(directory, name), f"state of step {step}".encode())
+    uri = storage.join(directory, name)
+    facts = {name: {"bytes": storage.size(uri), "xxh3": checkpoints._hash(uri)}}
+    position = Position(step=step, seed=0, global_batch_size=4, corpus_hash="c")
+    made = Commit(attempt=attempt, parent=None, position=position, files=facts)
+    storage.write(storage.join(directory, checkpoints.COMMITTED), json.dumps(asdict(made)).encode())
+    return made
+
+
+def test_the_newest_commit_is_found(anywhere: str) -> None:
+    assert checkpoints.newest(anywhere) is None
+    for step in (5, 10, 100):
+        commit(anywhere, step)
+    assert checkpoints.newest(anywhere) == commit(anywhere, 100)
+    assert checkpoints.committed_steps(anywhere) == [5, 10, 100]
+
+
+def test_an_uncommitted_checkpoint_is_never_resumed(anywhere: str) -> None:
+    commit(anywhere, 5)
+    storage.write(storage.join(checkpoints.step_directory(anywhere, 10), "attempt-001", "__0_0.distcp"), b"half")
+    found = checkpoints.newest(anywhere)
+    assert found is not None
+    assert found.step == 5
+
+
+def test_a_flipped_bit_is_refused_and_the_checkpoint_before_is_used(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    commit(root, 5)
+    bad = commit(root, 10)
+    file = Path(checkpoints.step_directory(root, 10), next(iter(bad.files)))
+    data = bytearray(file.read_bytes())
+    data[3] ^= 1
+    file.write_bytes(data)
+    told: list[tuple[int, str]] = []
+    found = checkpoints.newest(root, lambda step, what: told.append((step, what)))
+    assert found is not None
+    assert found.step == 5
+    assert told[0][0] == 10
+    assert "is damaged" in told[0][1]
+
+
+def test_a_damaged_step_can_be_committed_again(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    bad = commit(root, 10)
+    Path(checkpoints.step_directory(root, 10), next(iter(bad.files))).unlink()
+    assert checkpoints.newest(root) is None
+    assert checkpoints.committed_steps(root) == []
+    assert checkpoints.newest(root) is None
+    commit(root, 10, attempt=2)
+    found = checkpoints.newest(root)
+    assert found is not None
+    assert found.attempt == 2
+
+
+def test_the_last_few_are_kept(anywhere: str) -> None:
+    for step in (1, 2, 3, 4):
+        commit(anywhere, step)
+    checkpoints.retain(anywhere, keep=2)
+    assert checkpoints.committed_steps(anywhere) == [3, 4]
+    assert all(name.startswith(("step-00000003", "step-00000004")) for name in storage.list_files(anywhere))

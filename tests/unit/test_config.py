@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator.config import Recipe, changed_values, load_recipe
+from orchestrator.errors import UserError
+from tests.conftest import ROOT
+
+RECIPE = """\
+name: r
+corpus:
+  sources:
+    - {name: a, path: /data}
+train:
+  steps: 3
+  lr: 1e-4
+  schedule: cosine
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "r.yaml"
+    file.write_text(RECIPE)
+    return file
+
+
+def refusal(path: Path, *overrides: str) -> UserError:
+    with pytest.raises(UserError) as caught:
+        load_recipe(path, overrides)
+    return caught.value
+
+
+@pytest.mark.parametrize("shipped", sorted((ROOT / "jobs" / "recipes").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_shipped_recipe_loads(shipped: Path) -> None:
+    assert load_recipe(shipped).name
+
+
+def test_exponents_without_a_dot_are_numbers(path: Path) -> None:
+    assert load_recipe(path).train.lr == 1e-4
+    assert load_recipe(path, ["train.lr=3e-5"]).train.lr == 3e-5
+
+
+def test_yes_is_text_not_true(path: Path) -> None:
+    assert load_recipe(path, ["name=yes"]).name == "yes"
+
+
+def test_an_unknown_key_is_refused_with_its_line_and_the_nearest_name(path: Path) -> None:
+    path.write_text(RECIPE + "  warm_up_steps: 5\n")
+    error = refusal(path)
+    assert f"{path}:9 train.warm_up_steps" in error.message
+    assert error.hint == "did you mean warmup_steps?"
+
+
+def test_an_unknown_key_inside_a_list_is_found(path: Path) -> None:
+    path.write_text(RECIPE.replace("{name: a, path: /data}", "{name: a, pth: /data}"))
+    error = refusal(path)
+    assert f"{path}:4 corpus.sources.0.pth" in error.message
+    assert error.hint == "did you mean path?"
+
+
+def test_a_wrong_value_is_named_with_its_line(path: Path) -> None:
+    path.write_text(RECIPE.replace("steps: 3", "steps: many"))
+    assert f'{path}:6 train.steps="many"' in refusal(path).message
+
+
+def test_a_wrong_override_is_named_as_such(path: Path) -> None:
+    assert "command line, train.lr=-1: train.lr=-1" in refusal(path, "train.lr=-1").message
+    assert "train.lr" in refusal(path, "train.lr").message
+    assert "is a value and has no fields" in refusal(path, "name.x=1").message
+    assert "has 1 entries" in refusal(path, "corpus.sources.7.name=b").message
+
+
+def test_every_wrong_value_is_named_at_once(path: Path) -> None:
+    message = refusal(path, "train.lr=0", "train.steps=0").message
+    assert "train.lr" in message
+    assert "train.steps" in message
+
+
+def test_a_missing_section_is_named(path: Path) -> None:
+    path.write_text("name: r\ncorpus: {sources: [{name: a, path: /x}]}\n")
+    assert "train is missing" in refusal(path).message
+
+
+def test_a_key_that_stands_twice_is_refused(path: Path) -> None:
+    path.write_text(RECIPE + "name: again\n")
+    assert f"{path}:9 name stands twice" in refusal(path).message
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "a: [1\n", "\tname: x\n"])
+def test_what_is_no_recipe_is_refused_without_a_traceback(path: Path, text: str) -> None:
+    path.write_text(text)
+    assert str(path) in refusal(path).message
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    assert "nothere.yaml" in refusal(tmp_path / "nothere.yaml").message
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.workers={min: 3, max: 2}", "min=3 is more than max=2"),
+        ("model={hidden_size: 100, heads: 3}", "heads=3 does not divide hidden_size=100"),
+        ("corpus.sources=[{name: a, path: x}, {name: a, path: y}]", "two sources share a name"),
+        ("serving.min_replicas=5", "min_replicas=5 is more than max_replicas=1"),
+        ("name=a/b", "name"),
+    ],
+)
+def test_values_that_contradict_each_other_are_refused(path: Path, override: str, expected: str) -> None:
+    assert expected in refusal(path, override).message
+
+
+def test_one_number_of_workers_means_exactly_that_many(path: Path) -> None:
+    workers = load_recipe(path, ["train.workers=4"]).train.workers
+    assert (workers.min, workers.max) == (4, 4)
+
+
+def test_only_values_that_change_the_result_count_as_changes(path: Path) -> None:
+    before = load_recipe(path).model_dump(mode="json")
+    steered = load_recipe(path, ["train.workers=4", "faults=[]", "serving.max_tokens=3"]).model_dump(mode="json")
+    changed = load_recipe(path, ["train.lr=0.1", "train.workers=4"]).model_dump(mode="json")
+    assert changed_values(before, steered) == []
+    assert changed_values(before, changed) == ["train.lr was 0.0001, is 0.1"]
+
+
+def test_a_digest_changes_with_its_sections_only(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.digest_of("corpus") == load_recipe(path, ["train.lr=1"]).digest_of("corpus")
+    assert recipe.digest_of("corpus") != load_recipe(path, ["corpus.min_characters=1"]).digest_of("corpus")
+
+
+def test_a_recipe_survives_json(path: Path) -> None:
+    recipe = load_recipe(path, ["faults=[{kind: kill_rank, rank: 1, step: 2}]"])
+    assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe

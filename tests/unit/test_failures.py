@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from orchestrator.failures import Ending, decide
+
+
+def ending(outcome: Any = "worker_lost", **values: Any) -> Ending:
+    facts = {"attempt": 1, "message": "m", "resumed_from": 0, "last_step": 25, "committed_step": 20}
+    return Ending(outcome=outcome, **{**facts, **values})
+
+
+def test_a_lost_worker_costs_the_steps_since_the_last_commit() -> None:
+    decision = decide([ending()], max_restarts=3)
+    assert decision.action == "restart"
+    assert decision.reason == "worker_lost: resume at step 20, 5 steps to repeat"
+
+
+@pytest.mark.parametrize("outcome", ["finished", "stopped"])
+def test_an_end_that_was_wanted_is_the_end(outcome: str) -> None:
+    assert decide([ending(outcome)], max_restarts=3).action == "finish"
+
+
+def test_wrong_input_is_never_retried() -> None:
+    assert decide([ending("user_error")], max_restarts=3).action == "give_up"
+
+
+def test_the_same_error_at_the_same_step_is_given_up() -> None:
+    same = [ending("error"), ending("error", resumed_from=20)]
+    assert "the same error twice after step 25" in decide(same, max_restarts=3).reason
+    assert decide(same, max_restarts=3).action == "give_up"
+    for other in (ending("error", last_step=26), ending("error", message="n"), ending("worker_lost")):
+        assert decide([ending("error"), other], max_restarts=3).action == "restart"
+
+
+def test_restarts_without_a_new_checkpoint_run_out() -> None:
+    stuck = [ending(resumed_from=20, last_step=20 + n) for n in range(4)]
+    assert decide(stuck[:3], max_restarts=3).action == "restart"
+    assert decide(stuck, max_restarts=3).action == "give_up"
+
+
+def test_a_new_checkpoint_starts_the_count_anew() -> None:
+    endings = [ending(resumed_from=n * 10, committed_step=n * 10 + 10, last_step=n * 10 + 15) for n in range(50)]
+    assert decide(endings, max_restarts=1).action == "restart"
+
+
+def test_none_allowed_means_the_first_failure_is_the_last() -> None:
+    assert decide([ending(committed_step=0)], max_restarts=0).action == "give_up"

@@ -1,0 +1,85 @@
+"""Who may import whom: the shape of the project, held by a test."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+PACKAGES = ("orchestrator", "jobs", "serve")
+
+
+def imports(file: Path, top_level_only: bool = False) -> set[str]:
+    tree = ast.parse(file.read_text())
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def modules(*parts: str) -> list[Path]:
+    return [
+        f for part in parts for f in ([ROOT / part] if part.endswith(".py") else sorted((ROOT / part).rglob("*.py")))
+    ]
+
+
+def uses(file: Path, *names: str, top_level_only: bool = False) -> set[str]:
+    return {i for i in imports(file, top_level_only) for n in names if i == n or i.startswith(n + ".")}
+
+
+@pytest.mark.parametrize("file", modules("orchestrator/data", "orchestrator/train", "orchestrator/planning"), ids=str)
+def test_the_lower_layers_know_nothing_of_the_upper_ones(file: Path) -> None:
+    upper = ("supervisor", "stages", "cli", "report", "status", "doctor")
+    assert not uses(file, "serve", "jobs", *(f"orchestrator.{name}" for name in upper))
+
+
+@pytest.mark.parametrize(
+    "file",
+    modules(
+        "orchestrator/planning", "orchestrator/failures.py", "orchestrator/goodput.py", "orchestrator/data/order.py"
+    ),
+    ids=str,
+)
+def test_decisions_are_pure(file: Path) -> None:
+    assert not uses(file, "ray", "torch", "deepspeed", "time", "orchestrator.storage", "orchestrator.runs")
+
+
+@pytest.mark.parametrize(
+    "file",
+    modules(*(f"orchestrator/train/{n}.py" for n in ("engine", "fragments", "checkpoints", "planners", "models"))),
+    ids=str,
+)
+def test_the_engine_runs_without_ray(file: Path) -> None:
+    assert not uses(file, "ray")
+
+
+@pytest.mark.parametrize("file", modules(*PACKAGES), ids=str)
+def test_boto3_is_imported_in_one_place(file: Path) -> None:
+    assert file.name == "storage.py" or not uses(file, "boto3", "botocore")
+
+
+@pytest.mark.parametrize("file", modules("orchestrator"), ids=str)
+def test_heavy_imports_happen_where_they_are_used(file: Path) -> None:
+    free = {"engine.py", "fragments.py", "models.py", "planners.py"}
+    assert file.name in free or not uses(
+        file, "ray", "torch", "transformers", "deepspeed", "pyarrow", top_level_only=True
+    )
+
+
+def test_help_answers_in_half_a_second() -> None:
+    def seconds() -> float:
+        before = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "orchestrator", "--help"], check=True, capture_output=True, cwd=ROOT)
+        return time.perf_counter() - before
+
+    assert min(seconds() for _ in range(5)) < 0.5  # the least of five: the machine may be busy

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator import cluster
+from orchestrator.accelerators import Node, NodePool
+from orchestrator.config import ModelConfig, Recipe
+from orchestrator.errors import PlanError, UserError
+from orchestrator.planning.memory import worker_memory
+from orchestrator.planning.search import Plan, plan
+from orchestrator.planning.shape import ModelShape, model_shape
+from orchestrator.planning.throughput import PLATFORMS, step_time_s
+
+GIB = 2**30
+SMALL = ModelShape(layers=4, hidden_size=256, heads=4, vocab_size=8192, parameters=5_000_000)
+LARGE = ModelShape(layers=32, hidden_size=4096, heads=32, vocab_size=50_000, parameters=6_700_000_000)
+
+
+def recipe(**train: Any) -> Recipe:
+    values = {"steps": 10, "lr": 0.1, "sequence_length": 256, "global_batch_size": 16, **train}
+    return Recipe.model_validate(
+        {"name": "r", "corpus": {"sources": [{"name": "a", "path": "/data"}]}, "train": values}
+    )
+
+
+def pool(accelerator: str = "cpu", nodes: int = 1, cpus: float = 2, gpus: float = 0, gib: int = 16) -> NodePool:
+    return NodePool(
+        accelerator=accelerator,
+        nodes=tuple(
+            Node(id=f"{accelerator}{n}", address=f"10.0.0.{n}", cpus=cpus, gpus=gpus, memory_bytes=gib * GIB)
+            for n in range(nodes)
+        ),
+        device_memory_bytes=gib * GIB if gpus else 0,
+    )
+
+
+def test_the_plan_follows_the_cluster() -> None:
+    assert [plan(recipe(), SMALL, [pool(nodes=n)]).workers for n in (1, 2, 4)] == [2, 4, 8]
+
+
+def test_workers_always_divide_the_batch() -> None:
+    found = plan(recipe(), SMALL, [pool(nodes=3)])  # 6 devices, batch 16
+    assert found.workers == 4
+    assert found.workers * found.micro_batch_size * found.accumulation == 16
+    asked = plan(recipe(workers={"min": 1, "max": 3}), SMALL, [pool(cpus=3)])
+    assert asked.workers == 2
+    assert any("3 does not divide train.global_batch_size=16" in loser for loser in asked.losers)
+
+
+def test_a_cpu_worker_may_be_half_a_cpu() -> None:
+    assert plan(recipe(cpus_per_worker=0.5), SMALL, [pool()]).workers == 4
+
+
+def test_the_fastest_pool_is_chosen_and_the_others_say_why_not() -> None:
+    found = plan(recipe(), SMALL, [pool(nodes=4), pool("cuda", gpus=1), pool("dcu", gpus=4)])
+    assert (found.accelerator, found.workers, found.dtype) == ("dcu", 4, "fp16") or found.accelerator == "cuda"
+    assert any("s a step against" in loser for loser in found.losers)
+    assert not found.whole_cluster
+
+
+def test_memory_prunes_before_time_ranks() -> None:
+    found = plan(recipe(sequence_length=2048, global_batch_size=64), LARGE, [pool("cuda", nodes=8, gpus=8, gib=80)])
+    assert found.memory_bytes <= 80 * GIB
+    with pytest.raises(PlanError, match=r"needs [0-9.]+ GiB a worker, 16\.0 GiB are there"):
+        plan(recipe(sequence_length=2048), LARGE, [pool("dcu", gpus=1, gib=16)])
+
+
+def test_more_workers_than_devices_are_refused_with_the_number_that_is_there() -> None:
+    with pytest.raises(PlanError, match="asks for 4 workers") as caught:
+        plan(recipe(workers=4), SMALL, [pool(cpus=2)])
+    assert caught.value.hint == "set train.workers=2"
+
+
+def test_more_workers_than_sequences_are_refused() -> None:
+    with pytest.raises(PlanError, match="is more than train"):
+        plan(recipe(workers={"min": 32, "max": 64}), SMALL, [pool(nodes=40)])
+
+
+def test_zero_splits_the_states_and_not_the_weights() -> None:
+    def memory(ranks: int) -> Any:
+        return worker_memory(
+            SMALL, accelerator="cpu", dtype="bf16", data_parallel=ranks, micro_batch_size=1, sequence_length=256
+        )
+
+    one, four = memory(1), memory(4)
+    assert one.weights == four.weights == 2 * SMALL.parameters
+    assert (one.optimizer, four.optimizer) == (12 * SMALL.parameters, 3 * SMALL.parameters)
+
+
+def test_more_devices_take_less_time() -> None:
+    times = [
+        step_time_s(
+            LARGE,
+            PLATFORMS["cuda"],
+            data_parallel=n,
+            accumulation=16 // n,
+            global_batch_size=16,
+            sequence_length=2048,
+            width=2,
+        )
+        for n in (1, 2, 4)
+    ]
+    assert times == sorted(times, reverse=True)
+
+
+def test_a_plan_survives_json() -> None:
+    found = plan(recipe(), SMALL, [pool()])
+    values = json.loads(json.dumps(vars(found)))
+    assert Plan(**{**values, "node_ids": tuple(values["node_ids"]), "losers": tuple(values["losers"])}) == found
+
+
+# Taylor et al., "Galactica: A Large Language Model for Science" (2022), table 5.
+@pytest.mark.parametrize(
+    ("layers", "hidden", "heads", "billions"),
+    [(12, 768, 12, 0.125), (24, 2048, 32, 1.3), (32, 4096, 32, 6.7), (48, 7168, 56, 30), (96, 10240, 80, 120)],
+)
+def test_galactica_sizes_have_their_published_parameters(layers: int, hidden: int, heads: int, billions: float) -> None:
+    config = ModelConfig(layers=layers, hidden_size=hidden, heads=heads)
+    assert model_shape(config, 50_000, 2048).parameters == pytest.approx(billions * 1e9, rel=0.04)
+
+
+def model_directory(folder: Path, **config: Any) -> Path:
+    folder.mkdir()
+    values = {"num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 10, **config}
+    (folder / "config.json").write_text(json.dumps(values))
+    header = json.dumps({"a": {"shape": [3, 4]}, "b": {"shape": []}, "__metadata__": {"x": "y"}}).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    return folder
+
+
+def test_a_model_directory_is_counted_from_its_tensors(tmp_path: Path) -> None:
+    folder = model_directory(tmp_path / "m")
+    assert model_shape(ModelConfig(path=str(folder)), 10, 256).parameters == 13
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+def test_an_unfinished_model_directory_is_refused(tmp_path: Path, missing: str) -> None:
+    folder = model_directory(tmp_path / "m")
+    (folder / missing).unlink()
+    with pytest.raises(UserError, match="has no"):
+        model_shape(ModelConfig(path=str(folder)), 10, 256)
+
+
+def test_a_sequence_past_the_positions_is_refused(tmp_path: Path) -> None:
+    folder = model_directory(tmp_path / "m", max_position_embeddings=128)
+    with pytest.raises(UserError, match="more than the 128 positions"):
+        model_shape(ModelConfig(path=str(folder)), 10, 256)
+
+
+def ray_node(**values: Any) -> dict[str, Any]:
+    node = {"NodeID": "n", "NodeManagerAddress": "10.0.0.1", "Resources": {"CPU": 4.0, "memory": 8.0}, "Labels": {}}
+    return {**node, **values}
+
+
+@pytest.mark.parametrize(
+    ("labels", "gpus", "kind"),
+    [
+        ({}, 0, ("cpu", 0)),
+        ({"ray.io/accelerator-type": "A100"}, 4, ("cuda", 40 * GIB)),
+        ({"terrane.io/accelerator": "dcu"}, 4, ("dcu", 16 * GIB)),
+        ({"terrane.io/accelerator": "dcu", "terrane.io/device-memory-gib": "64"}, 4, ("dcu", 64 * GIB)),
+        ({}, 1, ("cuda", 16 * GIB)),
+    ],
+)
+def test_nodes_are_told_apart_by_devices_and_labels(labels: dict[str, str], gpus: int, kind: tuple[str, int]) -> None:
+    node = ray_node(Labels=labels, Resources={"CPU": 4.0, "GPU": float(gpus)})
+    assert cluster._kind(node) == kind
+
+
+def test_an_unknown_accelerator_label_is_refused() -> None:
+    with pytest.raises(UserError, match="accelerator=tpu"):
+        cluster._kind(ray_node(Labels={"terrane.io/accelerator": "tpu"}))

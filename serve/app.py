@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
@@ -22,7 +24,7 @@ from serve.engine import Engine
 from serve.openai import RETRY_AFTER_S, Service, make_api
 
 HEADROOM = 64
-"""Requests that Serve lets into a replica beyond its places, so that probes and refusals pass while it is full."""
+"""Requests that Serve lets through beyond the places, so that probes and refusals pass while all are taken."""
 
 
 def build(args: Mapping[str, Any]) -> serve.Application:
@@ -46,7 +48,8 @@ class Replica:
         engine = Engine(
             directory,
             gpus=args.gpus_per_replica,
-            cpus=args.cpus_per_replica,
+            threads=max(1, int(args.cpus_per_replica)),
+            memory_share=_share_of_node(args.cpus_per_replica),
             max_sequences=args.max_ongoing_requests,
             max_length=args.max_model_length,
         )
@@ -68,7 +71,7 @@ class Replica:
         self._stack.close()
 
 
-def load_tokenizer(directory: Any, vocab_size: int) -> Any:
+def load_tokenizer(directory: Path, vocab_size: int) -> Any:
     """
     Raises:
         UserError: it makes token ids that the model has no embedding for, which would end the engine when they come.
@@ -82,7 +85,15 @@ def load_tokenizer(directory: Any, vocab_size: int) -> Any:
     return tokenizer
 
 
+def _share_of_node(cpus: float) -> float:
+    """Of this node's CPUs, and so of its memory, that a replica may take."""
+    here = ray.get_runtime_context().get_node_id()
+    total = next((node["Resources"].get("CPU", cpus) for node in ray.nodes() if node["NodeID"] == here), cpus)
+    return min(1.0, cpus / total)
+
+
 def _options(args: ServeArgs) -> dict[str, Any]:
+    places = args.max_ongoing_requests + args.max_queued_requests
     return {
         "ray_actor_options": {"num_cpus": args.cpus_per_replica, "num_gpus": args.gpus_per_replica},
         "autoscaling_config": AutoscalingConfig(
@@ -93,11 +104,12 @@ def _options(args: ServeArgs) -> dict[str, Any]:
             downscale_delay_s=args.downscale_delay_s,
         ),
         # Replicas refuse by themselves what they have no place for, in OpenAI's shape and without holding up probes.
-        # Serve's own queue comes before that only while there is no replica, and its refusal is plain text.
-        "max_ongoing_requests": args.max_ongoing_requests + args.max_queued_requests + HEADROOM,
-        "max_queued_requests": max(1, args.max_queued_requests),
+        # A proxy's own queue is for the time when no replica is up: its refusal is plain text, and requests count as
+        # queued there for the moment in which a replica is chosen, so a narrow one refuses bursts that have a place.
+        "max_ongoing_requests": places + HEADROOM,
+        "max_queued_requests": places * args.max_replicas + HEADROOM,
         "backpressure_config": BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S),
-        "health_check_period_s": 5,
+        "health_check_period_s": 2,
         "graceful_shutdown_timeout_s": 60,
         "graceful_shutdown_wait_loop_s": 0.5,
         "max_constructor_retry_count": 2,

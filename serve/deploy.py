@@ -103,6 +103,7 @@ def converse(
         RunFailed: there is no service at url, or it failed.
     """
     model = _served(url)
+    max_tokens = min(max_tokens, model["max_model_length"] // 2)
     messages: list[dict[str, str]] = []
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while line := read("> ").strip():

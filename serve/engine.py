@@ -9,9 +9,9 @@ the API refuses what it cannot do, and stop strings are found in the text, outsi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
-import os
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ LIVENESS_PERIOD_S = 5.0
 GREEDY_BELOW = 1e-3
 """Temperatures below are greedy: a division by them could overflow, and they choose the likeliest token anyway."""
 CACHE_SHARE = 0.5
-"""Of a CPU replica's share of the free host memory that its key-value cache may take; of a GPU's, 0.8."""
+"""Of a CPU replica's share of the free memory, what its key-value cache may take; of a GPU's, 0.8."""
 
 
 class EngineError(RuntimeError):
@@ -59,7 +59,8 @@ class Engine:
         directory: Path,
         *,
         gpus: float = 0.0,
-        cpus: float = 1.0,
+        threads: int = 1,
+        memory_share: float = 1.0,
         max_sequences: int = 16,
         max_length: int | None = None,
     ) -> None:
@@ -68,7 +69,8 @@ class Engine:
         Args:
             directory: Hugging Face model directory with safetensors weights.
             gpus: share of a GPU this process may use; 0 for the CPU.
-            cpus: CPUs this process may use: its torch threads, and its share of the host's memory for the cache.
+            threads: of torch, for generating on the CPU.
+            memory_share: of the machine's memory that is this process's, for its cache on the CPU.
             max_sequences: sequences generated at once; more than these wait.
             max_length: tokens of prompt and answer together; the model's positions if None.
 
@@ -77,7 +79,7 @@ class Engine:
         """
         import torch
 
-        torch.set_num_threads(max(1, int(cpus)))
+        torch.set_num_threads(threads)
         self._model = load_model(directory, gpus=gpus)
         config = self._model.config.get_text_config()
         self.max_length = model_length(config.to_dict(), max_length)
@@ -85,15 +87,16 @@ class Engine:
         self.end_ids = end_ids(self._model.generation_config.eos_token_id)
         self.running = 0
         """Sequences that are generated or wait for it."""
-        self._manager = self._start(cache_settings(self._model, gpus, cpus, max_sequences, self.max_length))
+        self._manager = self._start(cache_settings(self._model, gpus, memory_share, max_sequences, self.max_length))
 
     def check(self) -> None:
         """
         Raises:
             EngineError: the generation thread ended, and nothing will be generated any more.
         """
-        if not self._manager.is_running():
-            raise EngineError(f"generation has stopped: {self._manager.background_thread_status.fatal_error}")
+        status = self._manager.background_thread_status
+        if status.can_accept_new_requests() or not self._manager.is_running():  # it is still alive while it fails
+            raise EngineError(f"generation has stopped: {status.fatal_error or 'the engine is going down'}")
         while self._manager.get_result(timeout=0):  # last tokens of cancelled sequences: nobody else takes them out
             pass
 
@@ -219,7 +222,7 @@ def end_ids(configured: int | list[int] | None) -> tuple[int, ...]:
     return tuple(configured) if isinstance(configured, list) else (configured,)
 
 
-def cache_settings(model: Any, gpus: float, cpus: float, max_sequences: int, max_length: int) -> dict[str, Any]:
+def cache_settings(model: Any, gpus: float, memory_share: float, max_sequences: int, max_length: int) -> dict[str, Any]:
     """Sizes of the paged key-value cache and of a batch, as arguments of the library's configuration.
 
     On a GPU the library sizes the cache by itself, in this replica's share of the memory. On a CPU it would take 60 %
@@ -229,12 +232,9 @@ def cache_settings(model: Any, gpus: float, cpus: float, max_sequences: int, max
     if gpus:
         batch = {"max_requests_per_batch": max_sequences, "max_batch_tokens": max(2048, max_sequences)}
         return batch | {"max_memory_percent": 0.8 * min(1.0, gpus)}
-    import psutil  # type: ignore[import-untyped, unused-ignore]
-
     page_tokens = 32
     page_bytes = page_tokens * cache_bytes_per_token(model.config.get_text_config(), model.dtype.itemsize)
-    share = min(1.0, cpus / (os.cpu_count() or 1))
-    budget = int(psutil.virtual_memory().available * share * CACHE_SHARE)
+    budget = int(free_memory_bytes() * memory_share * CACHE_SHARE)
     blocks = cache_blocks(max_sequences, math.ceil(max_length / page_tokens), page_bytes, budget)
     logger.info(
         f"key-value cache: {blocks} blocks of {page_tokens} tokens, {blocks * page_bytes / 2**30:.2f} GiB;"
@@ -259,9 +259,21 @@ def cache_blocks(sequences: int, blocks_per_sequence: int, block_bytes: int, bud
         needed, given = blocks_per_sequence * block_bytes / 2**30, budget_bytes / 2**30
         raise UserError(
             f"the cache of one full-length sequence takes {needed:.2f} GiB and this replica may take {given:.2f} GiB",
-            "lower max_model_length, or raise cpus_per_replica, which is also its share of the memory",
+            "lower max_model_length, or raise cpus_per_replica, by which the memory is shared",
         )
     return min(sequences * blocks_per_sequence, affordable)
+
+
+def free_memory_bytes() -> int:
+    """Of the machine, or of the container where that is less."""
+    import psutil  # type: ignore[import-untyped, unused-ignore]
+
+    free = int(psutil.virtual_memory().available)
+    cgroup = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or "max"
+        limit, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, limit - used)
+    return free
 
 
 def cache_bytes_per_token(config: Any, itemsize: int) -> int:

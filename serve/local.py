@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -23,10 +24,18 @@ def serve_until_interrupted(
     with _service(args, host=host, port=port, address=address) as url:
         say(f"serving on {url} (Ctrl-C stops)\n")
         say(f"  curl {url}/v1/completions -H 'Content-Type: application/json' \\")
-        say(f"""    -d '{{"model": "{parse_args(args).name}", "prompt": "The", "max_tokens": 16}}'\n""")
+        say(f"""    -d '{{"model": "{parse_args(args).model_id}", "prompt": "The", "max_tokens": 16}}'\n""")
         say(deploy.equivalents(args))
-        signal.sigwait({signal.SIGINT, signal.SIGTERM})
+        _wait_for_signal()
         say("stopping")
+
+
+def _wait_for_signal() -> None:
+    """Sleep until Ctrl-C or SIGTERM, and take either as the wish to stop."""
+    asked = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: asked.set())
+    asked.wait()
 
 
 def chat_with(target: str, say: Callable[[str], Any]) -> None:

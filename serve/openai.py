@@ -7,7 +7,7 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
@@ -52,14 +52,14 @@ class Service:
     created: int = field(default_factory=lambda: int(time.time()))
 
     async def complete(self, request: CompletionRequest) -> JSONResponse | StreamingResponse:
-        self._check_name(request.model)
+        self.check_name(request.model)
         prompts = [
             Prompt(ids=self._encode(text, "prompt"), echo=text if request.echo else "") for text in request.prompt
         ]
         return await self._answer(COMPLETION, request, prompts, request.max_tokens or DEFAULT_MAX_TOKENS)
 
     async def chat(self, request: ChatRequest) -> JSONResponse | StreamingResponse:
-        self._check_name(request.model)
+        self.check_name(request.model)
         prompt = Prompt(ids=self._encode(self._render(request.messages), "messages", special=False))
         room = max(1, self.engine.max_length - len(prompt.ids))
         return await self._answer(CHAT, request, [prompt], request.max_completion_tokens or request.max_tokens or room)
@@ -74,7 +74,7 @@ class Service:
             "chat": bool(self.tokenizer.chat_template),
         }
 
-    def _check_name(self, name: str) -> None:
+    def check_name(self, name: str) -> None:
         if name != self.name:
             raise ApiError(404, f"no model {name!r} here, only {self.name!r}", param="model", code="model_not_found")
 
@@ -209,18 +209,12 @@ async def primed(events: AsyncGenerator[str, None]) -> AsyncIterator[str]:
 async def _collect(
     document: dict[str, Any], shape: Shape, deltas: AsyncGenerator[Delta, None], prompts: Sequence[Prompt]
 ) -> dict[str, Any]:
-    last: dict[int, Delta] = {}
-    texts = [""] * len(prompts)
+    answers = [Delta(index=i, text="", tokens=0) for i in range(len(prompts))]
     async with contextlib.aclosing(deltas):
         async for delta in deltas:
-            texts[delta.index] += delta.text
-            last[delta.index] = delta
-    whole = [
-        Delta(index=i, text=text, tokens=last[i].tokens, finish_reason=last[i].finish_reason)
-        for i, text in enumerate(texts)
-    ]
-    document["choices"] = [shape.choice(delta) for delta in whole]
-    return document | {"usage": usage(prompts, sum(delta.tokens for delta in whole))}
+            answers[delta.index] = replace(delta, text=answers[delta.index].text + delta.text)
+    choices = [shape.choice(answer) for answer in answers]
+    return document | {"choices": choices, "usage": usage(prompts, sum(answer.tokens for answer in answers))}
 
 
 async def _events(
@@ -290,7 +284,7 @@ def _guarded_routes(service: Service, keys: Keys) -> APIRouter:
 
     @router.get("/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        service._check_name(name)
+        service.check_name(name)
         return service.describe()
 
     @router.post("/completions", response_model=None)

@@ -62,15 +62,16 @@ def validation_error(error: RequestValidationError) -> ApiError:
 
 
 def _describe(item: dict[str, Any]) -> tuple[str | None, str]:
-    place = ".".join(str(part) for part in item["loc"][1:])
-    if item["type"] == "json_invalid":
-        return None, f"the body is not valid JSON: {item.get('ctx', {}).get('error', item['msg'])}"
-    if item["type"] == "extra_forbidden":
-        return place, f"{place}: not supported"
+    """The field that is wrong, and what is wrong with it."""
+    parts = [str(part) for part in item["loc"][1:]]
     message = item["msg"].removeprefix("Value error, ")
-    if not place:  # of the request as a whole, or a body that is no JSON object
+    if item["type"] == "json_invalid":
+        return None, f"the body is not valid JSON: {item.get('ctx', {}).get('error', message)}"
+    if not parts:  # of the request as a whole, or a body that is no JSON object
         return message.partition(":")[0] if item["type"] == "value_error" else None, message
-    return place, f"{place}: {message[0].lower()}{message[1:]}"
+    if item["type"] == "extra_forbidden":
+        message = "not supported"
+    return parts[0], f"{'.'.join(parts)}: {message[0].lower()}{message[1:]}"
 
 
 # --- What clients send ------------------------------------------------------------------------------------------------
@@ -85,6 +86,17 @@ def only(neutral: float) -> AfterValidator:
         return value
 
     return AfterValidator(check)
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair is not text") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
 
 
 class Schema(BaseModel):
@@ -136,7 +148,7 @@ class GenerationRequest(Schema):
 
 
 class CompletionRequest(GenerationRequest):
-    prompt: list[str]
+    prompt: list[Text]
     echo: bool = False
     best_of: Annotated[int, only(1)] = 1
 
@@ -158,7 +170,7 @@ class TextPart(Schema):
 
 class Message(Schema):
     role: Literal["system", "user", "assistant"]
-    content: str
+    content: Text
 
     @field_validator("content", mode="before")
     @classmethod

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator import storage
 from orchestrator.errors import RunFailed, UserError
 from serve.deploy import ask, converse, deploy, stop
 
@@ -70,7 +71,28 @@ def make_tokenizer() -> Any:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
+def bucket() -> Iterator[str]:
+    """An S3 bucket on this machine; processes started meanwhile find it too."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        storage._s3.cache_clear()
+        boto3.client("s3").create_bucket(Bucket="models")
+        yield "s3://models"
+        storage._s3.cache_clear()
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def cluster(bucket: str) -> Iterator[None]:
     import ray
 
     directory = tempfile.mkdtemp(prefix="ts", dir="/tmp")  # socket paths have 107 characters
@@ -260,6 +282,7 @@ def test_ask_and_converse_speak_to_the_service(url: str, expected: Callable[[str
         ({"prompt": {"text": "plate"}}, 400, "prompt"),
         (b"{not json", 400, None),
         (b"[]", 400, None),
+        (b'{"model": "tiny", "prompt": "\\ud800"}', 400, "prompt"),
         (b'{"model": "tiny", "prompt": "a", "temperature": NaN}', 400, "temperature"),
     ],
 )
@@ -358,10 +381,48 @@ def test_engine_cancels_overcommits_and_tells_when_it_is_dead(model: Path, expec
     engine.stop()
 
 
+def test_engine_generates_with_llama_as_generate_does(tmp_path: Path) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from serve.engine import Engine, Sampling
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.5,
+        eos_token_id=[2, 3],
+    )
+    network = LlamaForCausalLM(config).eval()
+    network.save_pretrained(tmp_path)
+    engine = Engine(tmp_path, max_sequences=4)
+    assert (engine.max_length, engine.end_ids) == (128, (2, 3))
+
+    async def answer(prompt: list[int]) -> list[int]:
+        return [i async for new in engine.generate(prompt, Sampling(max_tokens=40, temperature=0)) for i in new]
+
+    async def answers(prompts: list[list[int]]) -> list[list[int]]:
+        return await asyncio.gather(*map(answer, prompts))
+
+    prompts = [list(range(4, 4 + n)) for n in (1, 7, 40, 88, 3, 64)]
+    for prompt, ids in zip(prompts, asyncio.run(answers(prompts)), strict=True):
+        whole = network.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=40, pad_token_id=1)
+        assert ids == whole[0, len(prompt) :].tolist()
+    engine.stop()
+
+
 # --- A second deployment over the first -------------------------------------------------------------------------------
 
 
-def test_replicas_follow_load_full_ones_refuse_and_chat_works(url: str, model: Path, tmp_path: Path) -> None:
+def test_replicas_from_s3_follow_load_refuse_when_full_and_chat(
+    url: str, bucket: str, model: Path, tmp_path: Path
+) -> None:
     import openai
     from ray import serve
 
@@ -370,8 +431,9 @@ def test_replicas_follow_load_full_ones_refuse_and_chat_works(url: str, model: P
     tokenizer = make_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(chatty)
+    storage.upload_directory(chatty, f"{bucket}/run/chatty")
     args = {
-        "model": str(chatty),
+        "model": f"{bucket}/run/chatty",
         "max_replicas": 2,
         "cpus_per_replica": 0.5,
         "target_ongoing_requests": 1,
@@ -404,13 +466,14 @@ def test_replicas_follow_load_full_ones_refuse_and_chat_works(url: str, model: P
             answers.append((status, document["choices"][0]["text"] if status == 200 else headers["Retry-After"]))
 
     with ThreadPoolExecutor(8) as pool:
-        for _ in range(8):
-            pool.submit(load)
+        loaders = [pool.submit(load) for _ in range(8)]
         try:
             wait_until(lambda: replicas() == 2, "a second replica", 60)
             wait_until(lambda: {status for status, _ in answers} >= {200, 429}, "some are refused")
         finally:
             loading = False
+    for loader in loaders:
+        loader.result()
     assert {status for status, _ in answers} == {200, 429}
     assert {value for status, value in answers if status == 429} == {"5"}
     assert len({value for status, value in answers if status == 200}) == 1

@@ -1,0 +1,129 @@
+"""A real Ray cluster with a dashboard, an S3 server, and the runs that several tests look at."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import ROOT
+
+BIN = Path(sys.executable).parent
+RECIPE = "jobs/recipes/tiny.yaml"
+# Of the recipe's results only the wall time depends on these.
+BUCKET = "s3://terrane-runs"
+
+
+def wait_for(condition: Callable[[], object], what: str, deadline_s: float = 300.0) -> None:
+    """Wait until a condition holds."""
+    end = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < end, f"{what}: not within {deadline_s:.0f} s"
+        time.sleep(0.2)
+
+
+def terrane(*arguments: str, cwd: Path = ROOT, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run the command as a user does."""
+    done = subprocess.run([str(BIN / "terrane"), *arguments], capture_output=True, text=True, cwd=cwd)
+    assert not check or done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def end_processes(root: subprocess.Popen[str]) -> None:
+    """End a process that we started and all that it started."""
+    processes = [*psutil.Process(root.pid).children(recursive=True), psutil.Process(root.pid)]
+    for process in processes:
+        with_suppress(process.terminate)
+    _, alive = psutil.wait_procs(processes, timeout=15)
+    for process in alive:
+        with_suppress(process.kill)
+    psutil.wait_procs(alive, timeout=15)
+    root.wait()
+
+
+def with_suppress(call: Callable[[], object]) -> None:
+    try:
+        call()
+    except psutil.NoSuchProcess:
+        return
+
+
+@dataclass
+class RayCluster:
+    """One node with a dashboard, as `ray start --head` makes it."""
+
+    dashboard: str
+    address: str
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def ray(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return self._command("ray", *arguments)
+
+    def serve(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return self._command("serve", *arguments)
+
+    def submit(self, entrypoint: list[str], storage: str) -> subprocess.CompletedProcess[str]:
+        """`ray job submit --working-dir . -- ...`, waiting for its end."""
+        env = f'{{"env_vars": {{"TERRANE_STORAGE": "{storage}"}}}}'
+        options = ["--address", self.dashboard, "--working-dir", ".", "--runtime-env-json", env]
+        return self.ray("job", "submit", *options, "--", *entrypoint)
+
+    def _command(self, *command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(BIN / command[0]), *command[1:]], capture_output=True, text=True, cwd=ROOT, env=self.environment
+        )
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(s3_endpoint: str) -> Iterator[RayCluster]:
+    from orchestrator import storage
+
+    storage._s3.cache_clear()
+    storage._s3().create_bucket(Bucket=BUCKET.removeprefix("s3://"))
+    folder = Path(tempfile.mkdtemp(prefix="trn-", dir="/tmp"))
+    port, dashboard = free_port(), free_port()
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=4", f"--port={port}"]
+    command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+    command += ["--object-store-memory=300000000", f"--temp-dir={folder}", "--disable-usage-stats"]
+    log = (folder / "start.log").open("w")
+    process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log, text=True)
+    cluster = RayCluster(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}", environment)
+    try:
+        wait_for(lambda: answers(f"{cluster.dashboard}/api/version"), "the dashboard", 120)
+        yield cluster
+    finally:
+        end_processes(process)
+        log.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+def interrupt(process: subprocess.Popen[str]) -> None:
+    """Ctrl-C in a terminal: SIGINT to the whole foreground process group."""
+    os.killpg(process.pid, signal.SIGINT)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -60,6 +62,9 @@ def connection(address: str | None) -> Iterator[None]:
 def _disconnecting() -> Iterator[None]:
     import ray
 
+    if threading.current_thread() is threading.main_thread():
+        # Ray has put a handler of its own that ends the process. SIGTERM is how Kubernetes asks: take it as Ctrl-C.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:

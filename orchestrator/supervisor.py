@@ -115,9 +115,9 @@ def _attempt(
     fit = _Fit(run, recipe, chosen, attempt, resume)
     fit.start()
     interrupts = 0
-    while fit.is_alive():
+    while not fit.ended.is_set():
         try:
-            fit.join(POLL_S)
+            fit.ended.wait(POLL_S)
             follower.poll()
         except KeyboardInterrupt:
             interrupts += 1
@@ -146,18 +146,24 @@ def _attempt(
 
 
 class _Fit(threading.Thread):
-    """`TorchTrainer.fit()` beside the main thread, which stays free for Ctrl-C and the metrics."""
+    """`TorchTrainer.fit()` beside the main thread, which stays free for Ctrl-C and the metrics.
+
+    Wait on `ended`, not in `join`: Python 3.11 takes a thread for dead when Ctrl-C comes during its join.
+    """
 
     def __init__(self, run: RunDir, recipe: Recipe, chosen: Plan, attempt: int, resume: Commit | None) -> None:
         super().__init__(name=f"attempt-{attempt}", daemon=True)
         self._trainer = _trainer(run, recipe, chosen, attempt, resume)
         self.error: Exception | None = None
+        self.ended = threading.Event()
 
     def run(self) -> None:
         try:
             self._trainer.fit()
         except Exception as error:  # judged by the caller: this is the one place where an attempt's end is caught
             self.error = error
+        finally:
+            self.ended.set()
 
 
 def _trainer(run: RunDir, recipe: Recipe, chosen: Plan, attempt: int, resume: Commit | None) -> Any:

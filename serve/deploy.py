@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import socket
 import time
 import urllib.error
@@ -43,6 +44,7 @@ def deploy(
 
     from serve.app import build
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     parsed = parse_args(args)
     application = build(parsed.model_dump())
     url = _listen(host, port)

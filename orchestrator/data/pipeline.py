@@ -402,6 +402,14 @@ def _load_tokenizer(uri: str) -> Any:
         return tokenizers.load(folder)
 
 
+def quiet_ray_data() -> None:
+    """Importing Ray Data sets its loggers up, so they are quietened after that; progress is ours to tell."""
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
 def _run_units(
     what: str, work: Callable[[Unit], Any], units: list[Unit], progress: Callable[[str, int, int], None]
 ) -> list[Any]:
@@ -410,8 +418,7 @@ def _run_units(
 
     import ray
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    quiet_ray_data()
 
     def on_row(row: dict[str, Any]) -> dict[str, Any]:
         return {"result": pickle.dumps(work(pickle.loads(row["unit"])))}

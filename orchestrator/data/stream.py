@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from orchestrator.data.order import Order
-from orchestrator.data.pipeline import Manifest
+from orchestrator.data.pipeline import Manifest, quiet_ray_data
 from orchestrator.data.shards import ShardReader
 from orchestrator.errors import RunFailed
 
 UNIT_BYTES = 16 * 2**20
+PACE_S = 0.02
 _MAX_STEPS = 32
 
 
@@ -50,9 +52,10 @@ def rank_batches(
         ids = np.concatenate([order.of_rank(step, part.rank, part.world_size) for step in steps])
         return {"sample": ids, "tokens": ShardReader(corpus, shards).take(ids)}
 
+    quiet_ray_data()
     context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
     context.execution_options.preserve_order = True
+    context.custom_execution_callback_classes = [_pacing()]
     # No CPU is asked for: a recipe may give every CPU to its workers, and these tasks read a memory map.
     dataset = ray.data.range(len(starts), override_num_blocks=len(starts)).map_batches(
         read_unit, batch_size=1, num_cpus=0, compute=ray.data.TaskPoolStrategy(size=2)
@@ -66,3 +69,20 @@ def rank_batches(
                 f"expected {expected[:4]}..."
             )
         yield batch["tokens"]
+
+
+def _pacing() -> type[Any]:
+    """A callback that lets the scheduling loop of Ray Data rest between two turns.
+
+    Ray 2.60's loop does not wait while the consumer has enough to do, which is nearly always here: its thread then takes
+    a whole core of the training process. At this pace it takes a few per cent and is still far ahead of any step.
+    """
+    import time
+
+    from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+    class Pacing(ExecutionCallback):
+        def on_execution_step(self, executor: Any) -> None:
+            time.sleep(PACE_S)
+
+    return Pacing

@@ -1,6 +1,6 @@
 """One rank of the engine under torchrun, without Ray: train on made-up tokens, save or load on the way, print losses.
 
-    torchrun --nproc-per-node N rank.py CHECKPOINTS LAST_STEP [--zero Z] [--load] [--save STEP] [--attempt A]
+torchrun --nproc-per-node N rank.py CHECKPOINTS LAST_STEP [--zero Z] [--load] [--save STEP] [--attempt A]
 """
 
 from __future__ import annotations

@@ -74,8 +74,8 @@ def rank_batches(
 def _pacing() -> type[Any]:
     """A callback that lets the scheduling loop of Ray Data rest between two turns.
 
-    Ray 2.60's loop does not wait while the consumer has enough to do, which is nearly always here: its thread then takes
-    a whole core of the training process. At this pace it takes a few per cent and is still far ahead of any step.
+    Ray 2.60's loop does not wait while the consumer has enough to do, which is nearly always here: its thread then
+    takes a whole core of the training process. At this pace it takes a few per cent, still far ahead of any step.
     """
     import time
 

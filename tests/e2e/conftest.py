@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -14,15 +15,18 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from orchestrator import storage
+from orchestrator.runs import RunDir, find_run
 from tests.conftest import ROOT
+from tests.manifests import K8S, entrypoint, ray_objects
 
 BIN = Path(sys.executable).parent
 RECIPE = "jobs/recipes/tiny.yaml"
-# Of the recipe's results only the wall time depends on these.
 BUCKET = "s3://terrane-runs"
 
 
@@ -94,8 +98,6 @@ class RayCluster:
 
 @pytest.fixture(scope="session")
 def ray_cluster(s3_endpoint: str) -> Iterator[RayCluster]:
-    from orchestrator import storage
-
     storage._s3.cache_clear()
     storage._s3().create_bucket(Bucket=BUCKET.removeprefix("s3://"))
     folder = Path(tempfile.mkdtemp(prefix="trn-", dir="/tmp"))
@@ -127,3 +129,25 @@ def answers(url: str) -> bool:
 def interrupt(process: subprocess.Popen[str]) -> None:
     """Ctrl-C in a terminal: SIGINT to the whole foreground process group."""
     os.killpg(process.pid, signal.SIGINT)
+
+
+def manifest_of(kind: str, overlay: str) -> dict[str, Any]:
+    return next(found for found in ray_objects(K8S / overlay) if found["kind"] == kind)
+
+
+@pytest.fixture(scope="session")
+def tiny(ray_cluster: RayCluster) -> RunDir:
+    """The run that the RayJob's entrypoint makes, as written, through `ray job submit`."""
+    command = shlex.split(entrypoint(manifest_of("RayJob", "base/train")))
+    done = ray_cluster.submit(command, storage=BUCKET)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    return find_run(f"{BUCKET}/tiny")
+
+
+@pytest.fixture(scope="session")
+def calm(tiny: RunDir, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """The same training on the same corpus with no fault, on a cluster of its own and a local disk."""
+    root = tmp_path_factory.mktemp("calm")
+    storage.download_directory(tiny.corpus, root / "tiny" / "corpus")
+    terrane("run", RECIPE, f"storage={root}", "faults=[]", "--stage", "train")
+    return find_run(str(root / "tiny"))

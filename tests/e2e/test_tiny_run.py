@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import socket
 import time
 from pathlib import Path
@@ -15,34 +14,12 @@ import pytest
 from orchestrator import storage
 from orchestrator.config import load_recipe
 from orchestrator.data.pipeline import load_manifest
-from orchestrator.runs import RunDir, find_run
+from orchestrator.runs import RunDir
 from tests.conftest import ROOT
-from tests.e2e.conftest import BUCKET, RECIPE, RayCluster, terrane, wait_for
-from tests.manifests import K8S, entrypoint, ray_objects, serve_config
+from tests.e2e.conftest import BUCKET, RECIPE, RayCluster, manifest_of, terrane, wait_for
+from tests.manifests import serve_config
 
 STEPS = load_recipe(ROOT / RECIPE).train.steps
-
-
-def manifest_of(kind: str, overlay: str) -> dict[str, Any]:
-    return next(found for found in ray_objects(K8S / overlay) if found["kind"] == kind)
-
-
-@pytest.fixture(scope="session")
-def tiny(ray_cluster: RayCluster) -> RunDir:
-    """The run that the RayJob's entrypoint makes, as written, through `ray job submit`."""
-    command = shlex.split(entrypoint(manifest_of("RayJob", "base/train")))
-    done = ray_cluster.submit(command, storage=BUCKET)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    return find_run(f"{BUCKET}/tiny")
-
-
-@pytest.fixture(scope="session")
-def calm(tiny: RunDir, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    """The same training on the same corpus with no fault, on a cluster of its own and a local disk."""
-    root = tmp_path_factory.mktemp("calm")
-    storage.download_directory(tiny.corpus, root / "tiny" / "corpus")
-    terrane("run", RECIPE, f"storage={root}", "faults=[]", "--stage", "train")
-    return find_run(str(root / "tiny"))
 
 
 def test_the_disturbed_loss_curve_is_bitwise_the_undisturbed_one(tiny: RunDir, calm: RunDir) -> None:

@@ -1,0 +1,127 @@
+"""The command line as a user meets it: wrong input, Ctrl-C, help, doctor."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from orchestrator import storage
+from orchestrator.runs import RunDir, find_run
+from orchestrator.train.checkpoints import committed_steps
+from tests.conftest import ROOT
+from tests.e2e.conftest import BIN, RECIPE, interrupt, terrane, wait_for
+
+
+def refused(*arguments: str, cwd: Path = ROOT) -> str:
+    """What a command says that must be refused."""
+    done = terrane(*arguments, cwd=cwd, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ") or "\nerror: " in done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_an_unknown_key_is_refused_with_line_and_nearest_name(tmp_path: Path) -> None:
+    text = (ROOT / RECIPE).read_text().replace("warmup_steps", "warm_steps")
+    (tmp_path / "r.yaml").write_text(text)
+    line = 1 + text.splitlines().index(next(line for line in text.splitlines() if "warm_steps" in line))
+    said = refused("run", "r.yaml", cwd=tmp_path)
+    assert f"r.yaml:{line} train.warm_steps is not a key" in said
+    assert "hint: did you mean warmup_steps?" in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_missing_source_is_refused(tmp_path: Path) -> None:
+    said = refused("run", RECIPE, f"storage={tmp_path}", "corpus.sources.0.path=/no/such/place")
+    assert "source readmes: nothing at /no/such/place" in said
+
+
+def test_an_empty_corpus_is_refused_with_the_reasons(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("too little")
+    source = f"corpus.sources=[{{name: a, path: {tmp_path}/a.md}}]"
+    said = refused("run", RECIPE, f"storage={tmp_path}/runs", source)
+    assert "the corpus is empty: none of 1 documents was kept (1 too short)" in said
+    assert committed_steps(str(tmp_path / "runs" / "tiny" / "checkpoints")) == []
+    assert not (tmp_path / "runs" / "tiny" / "attempts").exists()
+
+
+def test_a_model_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    shape = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "vocab_size": 10}
+    (model / "config.json").write_text(json.dumps(shape))
+    header = b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'
+    (model / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 4)
+    said = refused("run", RECIPE, f"storage={tmp_path}/runs", f"model.path={model}")
+    assert "has no tokenizer" in said
+
+
+@pytest.mark.parametrize("uri", ["/proc/nowhere", "gs://bucket/x"])
+def test_storage_that_cannot_be_written_is_refused(uri: str) -> None:
+    assert uri in refused("run", RECIPE, f"storage={uri}")
+
+
+def test_a_missing_bucket_is_refused(s3_endpoint: str) -> None:
+    assert "cannot write to s3://no-such-bucket-here" in refused("run", RECIPE, "storage=s3://no-such-bucket-here")
+
+
+def test_more_workers_than_devices_are_refused_before_the_corpus_is_read(tmp_path: Path) -> None:
+    said = refused("run", RECIPE, f"storage={tmp_path}", "train.workers=4000")
+    assert "train.workers asks for 4000 workers" in said
+    assert "hint: set train.workers=" in said
+    assert not (tmp_path / "tiny" / "corpus").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("status", "/no/run"), "no run at /no/run"),
+        (("logs", "/no/run"), "no run at /no/run"),
+        (("report", "/no/run"), "no run at /no/run"),
+        (("export", "/no/run"), "no run at /no/run"),
+        (("serve", "/no/model"), "/no/model"),
+        (("run", RECIPE, "--stage", "trian"), "--stage trian is no stage"),
+        (("run", RECIPE, "train.lr"), "cannot read 'train.lr' as key=value"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments: tuple[str, ...], expected: str) -> None:
+    assert expected in refused(*arguments)
+
+
+def test_doctor_finds_this_environment_sound() -> None:
+    checks = json.loads(terrane("doctor", "--json").stdout)
+    assert all(check["ok"] for check in checks), checks
+
+
+def test_ctrl_c_commits_and_the_same_command_goes_on(calm: RunDir, tmp_path: Path) -> None:
+    storage.download_directory(calm.corpus, tmp_path / "tiny" / "corpus")
+    # Within the warm-up, so that the number of steps does not change the learning rate.
+    command = ["run", RECIPE, f"storage={tmp_path}", "faults=[]", "train.steps=16", "--stage", "train"]
+    process = subprocess.Popen(
+        [str(BIN / "terrane"), *command], stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
+    )
+    run = RunDir(str(tmp_path / "tiny"))
+    try:
+        wait_for(lambda: len(run.metric_lines()) >= 2, "the second step")
+        interrupt(process)
+        _, said = process.communicate(timeout=180)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, 9)
+    assert process.returncode == 130, said
+    stopped = committed_steps(run.checkpoints)[-1]
+    assert stopped < 16
+    assert f"stopped: stopped at step {stopped}, its state is committed" in said
+    assert "hint: run the same command" in said
+    assert f"step {stopped}/16" in said
+
+    terrane(*command)
+    found, expected = find_run(run.uri).loss_curve(), calm.loss_curve()
+    assert sorted(found) == list(range(1, 17))
+    assert [found[step]["loss"] for step in found] == [expected[step]["loss"] for step in found]
+    assert len(run.metric_lines()) == 16, "no step was repeated"

@@ -64,7 +64,8 @@ def _disconnecting() -> Iterator[None]:
 
     if threading.current_thread() is threading.main_thread():
         # Ray has put a handler of its own that ends the process. SIGTERM is how Kubernetes asks: take it as Ctrl-C.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
     try:
         yield
     finally:

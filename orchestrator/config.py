@@ -126,6 +126,7 @@ class ServingConfig(Section):
     min_replicas: int = Field(default=1, ge=0)
     max_replicas: int = Field(default=1, ge=1)
     cpus_per_replica: float = Field(default=1.0, gt=0)
+    gpus_per_replica: float = Field(default=0.0, ge=0)
 
     @model_validator(mode="after")
     def ordered(self) -> Self:

@@ -1,46 +1,25 @@
 """A run directory -> report.html and report.md. Reads what is there and says what is missing.
 
-The run becomes sections (paragraphs, facts, tables, plots) once; one renderer writes them as a single HTML file without
-scripts or links, another as Markdown without the plots. All text of a run is untrusted and escaped.
+The run becomes sections (paragraphs, facts, tables, plots) once; pages.py renders them.
 """
 
 from __future__ import annotations
 
-import html
 import io
 import math
 import re
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from string import Template
 from typing import Any, NamedTuple
 
-from orchestrator import storage
+from orchestrator import pages, storage
 from orchestrator.config import flatten
 from orchestrator.goodput import AttemptRow, attempt_rows
+from orchestrator.pages import Block, Facts, Plot, Row, Section, Table, as_text
 from orchestrator.runs import RunDir
 
 Json = dict[str, Any]
-Cell = str | int | float | None
-Row = tuple[Cell, ...]
-Facts = dict[str, Cell]
-
-
-class Table(NamedTuple):
-    align: str
-    """`l` or `r` for each column."""
-    headers: tuple[str, ...]
-    rows: list[Row]
-
-
-class Plot(NamedTuple):
-    svg: str
-    caption: str
-
-
-Block = str | Facts | Table | Plot
-Section = tuple[str, list[Block]]
 
 
 class Bar(NamedTuple):
@@ -73,7 +52,7 @@ def write_report(run: RunDir) -> str:
     content = _load(run)
     parts = (_recipe, _timeline, _loss, _throughput, _attempts, _perplexity, _answers, _corpus, _wall_time)
     sections = [part(content) for part in parts]
-    for uri, render in ((run.report_markdown, _markdown), (run.report_html, _html)):
+    for uri, render in ((run.report_markdown, pages.markdown), (run.report_html, pages.to_html)):
         page = render(run.name, _outcome(content), sections)
         storage.write(uri, page.encode("utf-8", "replace"))  # a model can emit lone surrogates, which UTF-8 cannot hold
     return run.report_html
@@ -112,17 +91,17 @@ def _outcome(content: Content) -> str:
     ended = content.attempts[-1].outcome
     state = "Training finished" if ended == "finished" else "Training is not finished"
     state += f" ({_words(ended)})" if ended not in (None, "finished") else ""
-    parts = [f"{state}: {len(content.counted)} of {_text(content.recipe.get('train.steps'))} steps"]
+    parts = [f"{state}: {len(content.counted)} of {as_text(content.recipe.get('train.steps'))} steps"]
     losses = _numbers(content.counted, "loss")
     if losses:
-        parts.append(f"loss {_text(losses[0])} → {_text(losses[-1])}")
+        parts.append(f"loss {as_text(losses[0])} → {as_text(losses[-1])}")
     survived = sum(row.failed for row in content.attempts[:-1])
     if survived:
         repeated = sum(row.steps_repeated for row in content.attempts)
         parts.append(f"failures survived: {survived}, steps repeated: {repeated}")
     if content.evaluations:
         before, after = _perplexities(content.evaluations[-1])
-        parts.append(f"held-out perplexity {_text(before)} → {_text(after)}")
+        parts.append(f"held-out perplexity {as_text(before)} → {as_text(after)}")
     return "; ".join(parts) + "."
 
 
@@ -132,14 +111,14 @@ def _recipe(content: Content) -> Section:
     plan = next(reversed(content.plans.values()), {})
     get = content.recipe.get
     facts: Facts = {
-        "model": get("model.path") or f"{_text(get('model.architecture'))}, random weights",
-        "layers × hidden size": f"{_text(get('model.layers'))} × {_text(get('model.hidden_size'))}",
+        "model": get("model.path") or f"{as_text(get('model.architecture'))}, random weights",
+        "layers × hidden size": f"{as_text(get('model.layers'))} × {as_text(get('model.hidden_size'))}",
         "parameters": plan.get("parameters"),
         "corpus tokens": flatten(content.manifest).get("splits.train.tokens"),
         **{_words(key): get(f"train.{key}") for key in ("steps", "global_batch_size", "sequence_length")},
-        "learning rate": f"{_text(get('train.lr'))}, {_text(get('train.schedule'))}",
+        "learning rate": f"{as_text(get('train.lr'))}, {as_text(get('train.schedule'))}",
         "dtype": plan.get("dtype") or get("train.dtype"),
-        "workers": f"{_text(get('train.workers.min'))} to {_text(get('train.workers.max'))}",
+        "workers": f"{as_text(get('train.workers.min'))} to {as_text(get('train.workers.max'))}",
     }
     versions = ", ".join(f"{name} {version}" for name, version in content.versions.items())
     return "Recipe", [facts, f"Versions: {versions or 'not recorded'}."]
@@ -154,7 +133,7 @@ def _corpus(content: Content) -> Section:
     fates: Json = {"in": documents.get("read"), "kept": documents.get("kept")}
     fates |= {f"dropped: {_words(reason)}": count for reason, count in dropped.items()}
     missing = (documents.get("read") or 0) - (documents.get("kept") or 0) - sum(dropped.values())
-    note = f"Unaccounted for: {_text(missing)} documents." if missing else "Documents in = kept + dropped."
+    note = f"Unaccounted for: {as_text(missing)} documents." if missing else "Documents in = kept + dropped."
     sources: list[Row] = [(k, *map(v.get, columns)) for k, v in (manifest.get("sources") or {}).items()]
     splits: list[Row] = [
         (_words(name), split.get("sequences"), split.get("tokens"), len(split.get("shards") or []))
@@ -166,7 +145,7 @@ def _corpus(content: Content) -> Section:
         Table("lrr", ("source", *columns), sources),
         Table("lrrr", ("split", "sequences", "tokens", "shards"), splits),
         {_words(key): manifest.get(key) for key in ("vocab_size", "sequence_length", "tail_tokens_dropped")},
-        f"Manifest hash: {_text(manifest.get('hash'))}.",
+        f"Manifest hash: {as_text(manifest.get('hash'))}.",
     ]
     return "Corpus", blocks
 
@@ -212,8 +191,8 @@ def _attempts(content: Content) -> Section:
         said = {event["event"]: event for event in content.events if event.get("attempt") == row.number}
         planned, ended, decided = (said.get(name, {}) for name in ("planned", "attempt_ended", "decided"))
         plan = content.plans.get(row.number) or planned.get("plan") or {}
-        batch = f"{_text(plan.get('micro_batch_size'))} × {_text(plan.get('accumulation'))}"
-        steps = None if row.first_step is None else f"{_text(row.first_step)}–{_text(row.last_step)}"
+        batch = f"{as_text(plan.get('micro_batch_size'))} × {as_text(plan.get('accumulation'))}"
+        steps = None if row.first_step is None else f"{as_text(row.first_step)}–{as_text(row.last_step)}"
         outcome, recovery = _words(row.outcome or "no end recorded"), _duration(row.recovery_s)
         rows.append((row.number, row.workers, row.zero_stage, batch, steps, outcome, recovery, row.steps_repeated))
         decision = f"{_words(decided['action'])}: {decided.get('reason')}" if decided.get("action") else None
@@ -422,7 +401,7 @@ def _colour(attempt: int) -> str:
     return _COLOURS[(attempt - 1) % len(_COLOURS)]
 
 
-# --- pages ------------------------------------------------------------------------------------------------------------
+# --- words ------------------------------------------------------------------------------------------------------------
 
 
 def _numbers(lines: list[Json], key: str) -> list[float]:
@@ -437,110 +416,8 @@ def _clip(text: object) -> str | None:
     return f"{str(text)[:240]}{'…' if len(str(text)) > 240 else ''}" if text else None
 
 
-def _text(value: Cell) -> str:
-    if value is None or isinstance(value, str):
-        return "–" if value is None else value
-    if isinstance(value, float):
-        return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
-    return f"{value:,}"
-
-
 def _duration(seconds: float | None) -> str | None:
     if seconds is None or seconds < 60:
         return None if seconds is None else f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def _markdown(name: str, outcome: str, sections: list[Section]) -> str:
-    parts = [f"# Terrane run {_plain(name)}", _plain(outcome)]
-    for title, blocks in sections:
-        texts = [_markdown_block(block) for block in blocks if not isinstance(block, Plot)]
-        parts += [f"## {title}", *texts] if texts else []
-    return "\n\n".join(parts) + "\n"
-
-
-def _markdown_block(block: str | Facts | Table) -> str:
-    if isinstance(block, str):
-        return _plain(block)
-    table = Table("lr", ("", ""), list(block.items())) if isinstance(block, dict) else block
-    rule = ["---:" if side == "r" else "---" for side in table.align]
-    lines = [
-        [_plain(header) for header in table.headers],
-        rule,
-        *([_plain(cell) for cell in row] for row in table.rows),
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _plain(value: Cell) -> str:
-    """Text that Markdown shows as it is, in one line."""
-    text = html.escape(re.sub(r"([\\`*_\[\]|~#])", r"\\\1", _text(value)), quote=False)
-    return "<br>".join(text.splitlines())
-
-
-def _html(name: str, outcome: str, sections: list[Section]) -> str:
-    body = "\n".join(
-        f"<section><h2>{title}</h2>{''.join(map(_html_block, blocks))}</section>" for title, blocks in sections
-    )
-    return _PAGE.substitute(name=html.escape(name), outcome=html.escape(outcome), body=body)
-
-
-def _html_block(block: Block) -> str:
-    if isinstance(block, str):
-        return f"<p>{html.escape(block)}</p>"
-    if isinstance(block, dict):
-        pairs = (f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(_text(v))}</dd></div>" for k, v in block.items())
-        return f"<dl>{''.join(pairs)}</dl>"
-    if isinstance(block, Plot):
-        return f"<figure>{block.svg}<figcaption>{html.escape(block.caption)}</figcaption></figure>"
-    head = _html_row("th", block.align, block.headers)
-    rows = "".join(_html_row("td", block.align, row) for row in block.rows)
-    return f'<div class="wide"><table>{head}{rows}</table></div>'
-
-
-def _html_row(tag: str, align: str, row: Row) -> str:
-    cells = (f"<{tag} class={side}>{html.escape(_text(cell))}" for side, cell in zip(align, row, strict=True))
-    return f"<tr>{''.join(cells)}\n"
-
-
-# The policy forbids scripts and any load, should something ever slip through the escaping.
-_PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>$name – Terrane</title>
-<style>
-:root { color-scheme: light dark; --ink: #1d232b; --soft: #66707d; --line: #e3e6ea; --page: #fbfbfa; --card: #fff }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e7eb; --soft: #98a2af; --line: #2d343d; --page: #14181d; --card: #1a1f26 }
-}
-body { margin: 0 auto; padding: 3rem 1.25rem 5rem; max-width: 58rem; background: var(--page); color: var(--ink);
-  font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif }
-h1 { margin: 0; font-size: 2rem; line-height: 1.2; letter-spacing: -.02em; overflow-wrap: anywhere }
-h2 { margin: 3rem 0 .75rem; padding-top: .75rem; border-top: 1px solid var(--line); font-size: 1.1rem }
-p, dt, th, figcaption, header span { color: var(--soft) }
-header p { margin: .6rem 0 0; font-size: 1.1rem; color: var(--ink) }
-figure { margin: 1rem 0; overflow-x: auto }
-svg { display: block; width: 100%; min-width: 34rem; height: auto; color: var(--ink) }
-svg text { font-family: inherit !important }
-.wide { overflow-x: auto; margin: 1rem 0 }
-table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .4rem .75rem; border-bottom: 1px solid var(--line); vertical-align: top; text-align: left }
-th { font-weight: 500; white-space: nowrap }
-td { max-width: 30rem; overflow-wrap: break-word; white-space: pre-wrap }
-.r { text-align: right; white-space: nowrap }
-th, dt, figcaption { font-size: .85rem }
-dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .6rem; margin: 1rem 0 }
-dl div { padding: .6rem .8rem; border: 1px solid var(--line); border-radius: 8px; background: var(--card) }
-dd { margin: 0; font-weight: 600; overflow-wrap: anywhere; font-variant-numeric: tabular-nums }
-</style>
-</head>
-<body>
-<header><span>Terrane run</span><h1>$name</h1><p>$outcome</p></header>
-$body
-</body>
-</html>
-""")

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from orchestrator import cluster, storage, supervisor
+from orchestrator.accelerators import ACCELERATORS
 from orchestrator.config import Recipe
 from orchestrator.console import Console
 from orchestrator.data import pipeline
@@ -102,12 +103,12 @@ class _Session:
             raise RunFailed(f"{self.run.uri} has no checkpoint yet", "run the train stage first")
         return commit
 
-    def remotely(self, work: Callable[..., Any], *args: Any) -> Any:
+    def remotely(self, work: Callable[..., Any], *args: Any, gpus: int = 0) -> Any:
         """Call work(*args) as a Ray task, so that the driver stays small."""
         import ray
 
         self.connect()
-        return ray.get(ray.remote(num_cpus=1, max_retries=3)(work).remote(*args))
+        return ray.get(ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3)(work).remote(*args))
 
 
 # --- corpus -----------------------------------------------------------------------------------------------------------
@@ -183,7 +184,11 @@ def _evaluate(session: _Session) -> None:
     from orchestrator.evaluation.perplexity import evaluate
 
     run, step = session.run, _exported_step(session)
-    result = session.remotely(evaluate, run, session.recipe, session.manifest(), step, "cpu")
+    session.connect()
+    accelerator = ACCELERATORS[supervisor.make_plan(run, session.recipe).accelerator]
+    gpus = 1 if accelerator.ray_resource == "GPU" else 0
+    args = (run, session.recipe, session.manifest(), step, accelerator.torch_device)
+    result = session.remotely(evaluate, *args, gpus=gpus)
     run.write_json(run.evaluation(step), {**result, "settings": _evaluation_key(session)})
     run.log_event("evaluated", step=step, before=result["base"]["perplexity"], after=result["model"]["perplexity"])
     before, after = result["base"]["perplexity"], result["model"]["perplexity"]
@@ -217,6 +222,7 @@ def _serve(session: _Session) -> None:
         "min_replicas": serving.min_replicas,
         "max_replicas": serving.max_replicas,
         "cpus_per_replica": serving.cpus_per_replica,
+        "gpus_per_replica": serving.gpus_per_replica,
     }
     answers = []
     try:

@@ -13,6 +13,7 @@ from typing import Any
 from orchestrator import cluster, failures, storage
 from orchestrator.accelerators import ACCELERATORS
 from orchestrator.config import Recipe
+from orchestrator.data import tokenizer
 from orchestrator.data.pipeline import load_manifest
 from orchestrator.errors import Interrupted, RunFailed, UserError
 from orchestrator.failures import Ending, Outcome
@@ -70,7 +71,11 @@ def supervise(run: RunDir, recipe: Recipe, on_step: Callable[[dict[str, Any]], N
 def make_plan(run: RunDir, recipe: Recipe) -> Plan:
     """The plan for the devices alive now."""
     manifest = load_manifest(run.corpus)
-    vocab_size = manifest.vocab_size if manifest else recipe.tokenizer.vocab_size
+    given = recipe.tokenizer.path or recipe.model.path
+    if manifest:
+        vocab_size = manifest.vocab_size
+    else:
+        vocab_size = tokenizer.vocabulary_size(given) if given else recipe.tokenizer.vocab_size
     shape = model_shape(recipe.model, vocab_size, recipe.train.sequence_length)
     return plan(recipe, shape, cluster.node_pools())
 
@@ -191,7 +196,7 @@ def _trainer(run: RunDir, recipe: Recipe, chosen: Plan, attempt: int, resume: Co
             num_workers=chosen.workers,
             use_gpu=accelerator.ray_resource == "GPU",
             resources_per_worker=resources,
-            label_selector=None if chosen.whole_cluster else {"ray.io/node-id": f"in({','.join(chosen.node_ids)})"},
+            label_selector=None if chosen.whole_cluster else placement(chosen.node_ids),
         ),
         run_config=RunConfig(
             name="ray_train",
@@ -199,6 +204,11 @@ def _trainer(run: RunDir, recipe: Recipe, chosen: Plan, attempt: int, resume: Co
             failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
         ),
     )
+
+
+def placement(node_ids: tuple[str, ...]) -> dict[str, str]:
+    """Ray label selector for any of these nodes."""
+    return {"ray.io/node-id": f"in({','.join(node_ids)})"}
 
 
 class _Follower:

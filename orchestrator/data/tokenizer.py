@@ -62,6 +62,13 @@ def check_directory(path: str) -> None:
         )
 
 
+def vocabulary_size(path: str) -> int:
+    """Entries of the tokenizer in a directory, added tokens included."""
+    from tokenizers import Tokenizer
+
+    return int(Tokenizer.from_file(str(Path(path) / "tokenizer.json")).get_vocab_size(with_added_tokens=True))
+
+
 def load(path: str | Path) -> Any:
     """The transformers tokenizer of a directory."""
     from transformers import AutoTokenizer

@@ -27,10 +27,10 @@ class ModelShape:
 def model_shape(config: ModelConfig, vocab_size: int, sequence_length: int) -> ModelShape:
     """
     Raises:
-        UserError: `model.path` is not a model directory, or does not reach the sequence length.
+        UserError: `model.path` is no model directory, or too small for the tokenizer or the sequence length.
     """
     if config.path:
-        return _directory_shape(Path(config.path), sequence_length)
+        return _directory_shape(Path(config.path), vocab_size, sequence_length)
     hidden = config.hidden_size
     embeddings = (vocab_size + sequence_length + _OPT_POSITION_OFFSET) * hidden
     blocks = config.layers * (4 * hidden * hidden + 2 * hidden * 4 * hidden)
@@ -60,13 +60,18 @@ def check_model_directory(path: str) -> dict[str, Any]:
     return values
 
 
-def _directory_shape(folder: Path, sequence_length: int) -> ModelShape:
+def _directory_shape(folder: Path, vocab_size: int, sequence_length: int) -> ModelShape:
     values = check_model_directory(str(folder))
     positions = values.get("max_position_embeddings")
     if positions and sequence_length > positions:
         raise UserError(
             f"train.sequence_length={sequence_length} is more than the {positions} positions of {folder}",
             f"use {positions} or less",
+        )
+    if vocab_size > values["vocab_size"]:
+        raise UserError(
+            f"the tokenizer has {vocab_size} entries, the model {folder} embeds {values['vocab_size']}",
+            "use the model's own tokenizer (leave tokenizer.path out)",
         )
     return ModelShape(
         layers=int(values["num_hidden_layers"]),

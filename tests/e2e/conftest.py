@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import signal
 import socket
@@ -56,7 +55,7 @@ def end_processes(root: subprocess.Popen[str]) -> None:
     processes = [*psutil.Process(root.pid).children(recursive=True), psutil.Process(root.pid)]
     for process in processes:
         with_suppress(process.terminate)
-    _, alive = psutil.wait_procs(processes, timeout=15)
+    _, alive = psutil.wait_procs(processes, timeout=5)
     for process in alive:
         with_suppress(process.kill)
     psutil.wait_procs(alive, timeout=15)
@@ -79,21 +78,18 @@ class RayCluster:
     environment: dict[str, str] = field(default_factory=dict)
 
     def ray(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return self._command("ray", *arguments)
+        return self._command(str(BIN / "ray"), *arguments)
 
     def serve(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return self._command("serve", *arguments)
+        return self._command(str(BIN / "serve"), *arguments)
 
-    def submit(self, entrypoint: list[str], storage: str) -> subprocess.CompletedProcess[str]:
-        """`ray job submit --working-dir . -- ...`, waiting for its end."""
-        env = f'{{"env_vars": {{"TERRANE_STORAGE": "{storage}"}}}}'
-        options = ["--address", self.dashboard, "--working-dir", ".", "--runtime-env-json", env]
-        return self.ray("job", "submit", *options, "--", *entrypoint)
+    def submit(self, entrypoint: str) -> subprocess.CompletedProcess[str]:
+        """`ray job submit --working-dir . -- ENTRYPOINT` in a shell, as KubeRay's submitter does, to its end."""
+        command = f"{BIN}/ray job submit --address {self.dashboard} --working-dir . -- {entrypoint}"
+        return self._command("sh", "-c", command)
 
     def _command(self, *command: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [str(BIN / command[0]), *command[1:]], capture_output=True, text=True, cwd=ROOT, env=self.environment
-        )
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=self.environment)
 
 
 @pytest.fixture(scope="session")
@@ -102,7 +98,13 @@ def ray_cluster(s3_endpoint: str) -> Iterator[RayCluster]:
     storage._s3().create_bucket(Bucket=BUCKET.removeprefix("s3://"))
     folder = Path(tempfile.mkdtemp(prefix="trn-", dir="/tmp"))
     port, dashboard = free_port(), free_port()
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment = {
+        **os.environ,
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",  # an activated environment: jobs say `python`
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "TERRANE_STORAGE": BUCKET,
+    }
     command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=4", f"--port={port}"]
     command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
     command += ["--object-store-memory=300000000", f"--temp-dir={folder}", "--disable-usage-stats"]
@@ -138,8 +140,7 @@ def manifest_of(kind: str, overlay: str) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def tiny(ray_cluster: RayCluster) -> RunDir:
     """The run that the RayJob's entrypoint makes, as written, through `ray job submit`."""
-    command = shlex.split(entrypoint(manifest_of("RayJob", "base/train")))
-    done = ray_cluster.submit(command, storage=BUCKET)
+    done = ray_cluster.submit(entrypoint(manifest_of("RayJob", "base/train")))
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     return find_run(f"{BUCKET}/tiny")
 

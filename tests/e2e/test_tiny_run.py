@@ -131,13 +131,13 @@ def test_a_second_time_everything_is_skipped_in_seconds(tiny: RunDir) -> None:
 
 
 def test_a_job_of_one_stage_goes_on_where_the_run_is(ray_cluster: RayCluster, tiny: RunDir) -> None:
-    done = ray_cluster.submit(["python", "-m", "jobs.train", RECIPE, "storage=$TERRANE_STORAGE"], storage=BUCKET)
+    done = ray_cluster.submit(f"python -m jobs.train {RECIPE} storage=$TERRANE_STORAGE")
     assert done.returncode == 0, done.stdout[-3000:]
     assert "train: done before, skipped" in done.stdout
 
 
 def test_a_job_with_a_wrong_recipe_fails_with_the_message(ray_cluster: RayCluster) -> None:
-    done = ray_cluster.submit(["python", "-m", "jobs.train", RECIPE, "train.lrr=3"], storage=BUCKET)
+    done = ray_cluster.submit(f"python -m jobs.train {RECIPE} train.lrr=3")
     assert done.returncode != 0
     assert "train.lrr is not a key of a recipe" in done.stdout
     assert "Traceback" not in done.stdout.split("not a key of a recipe")[0].split("error:")[-1]

@@ -152,6 +152,11 @@ def test_a_sequence_past_the_positions_is_refused(tmp_path: Path) -> None:
         model_shape(ModelConfig(path=str(folder)), 10, 256)
 
 
+def test_a_tokenizer_that_the_model_does_not_embed_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has 11 entries"):
+        model_shape(ModelConfig(path=str(model_directory(tmp_path / "m"))), 11, 8)
+
+
 def ray_node(**values: Any) -> dict[str, Any]:
     node = {"NodeID": "n", "NodeManagerAddress": "10.0.0.1", "Resources": {"CPU": 4.0, "memory": 8.0}, "Labels": {}}
     return {**node, **values}

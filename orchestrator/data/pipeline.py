@@ -1,7 +1,7 @@
 """Sources -> Corpus, on Ray Data: read and clean, deduplicate, train a tokenizer, tokenise, pack, write shards.
 
-Work is cut into units of files. A unit's result is a file written whole, so the same command redoes unfinished units
-only; the manifest is written last, and a corpus without it is unfinished.
+Work is cut into units of files. What a unit's reading gave is a file written whole, so the same command reads unfinished
+units only; the manifest is written last, and a corpus without it is unfinished.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def make_units(files: list[documents.SourceFile], unit_bytes: int = UNIT_BYTES) 
 
 @dataclass(frozen=True, kw_only=True)
 class Extracted:
-    """What reading a unit gave: the texts are in its file, this is what the driver needs of them."""
+    """What reading a unit gave: the texts are in its file, this is what the driver needs to know of them."""
 
     unit: Unit
     source: str
@@ -139,9 +139,13 @@ class Extracted:
 
 
 def extract_unit(unit: Unit, corpus: str, min_characters: int) -> Extracted:
-    """Read and clean the documents of a unit and write those worth keeping to its file."""
+    """Read and clean the documents of a unit and write those worth keeping to its file, unless that was done before."""
     import pyarrow as pa
 
+    key = repr((unit, min_characters))
+    done = _extracted_before(unit, corpus, key)
+    if done:
+        return done
     ids, texts, hashes = [], [], []
     dropped: collections.Counter[str] = collections.Counter()
     read = 0
@@ -158,18 +162,41 @@ def extract_unit(unit: Unit, corpus: str, min_characters: int) -> Extracted:
         ids.append(document.id)
         texts.append(text.encode("utf-8", "replace").decode())
         hashes.append(steps.content_hash(text))
-    table = pa.table({"id": pa.array(ids, pa.string()), "text": pa.array(texts, pa.large_string())})
+    facts = {"key": key, "read": str(read), "dropped": json.dumps(dropped)}
+    table = pa.table(
+        {
+            "id": pa.array(ids, pa.string()),
+            "text": pa.array(texts, pa.large_string()),
+            "hash": pa.array(hashes, pa.binary(16)),
+            "characters": pa.array([len(text) for text in texts], pa.int64()),
+        }
+    ).replace_schema_metadata(facts)
     with io.BytesIO() as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
         writer.close()
         storage.write(unit.uri(corpus), sink.getvalue())
+    return _extracted(unit, table)
+
+
+def _extracted_before(unit: Unit, corpus: str, key: str) -> Extracted | None:
+    import pyarrow as pa
+
+    try:
+        table = pa.ipc.open_file(pa.BufferReader(storage.read(unit.uri(corpus)))).read_all()
+    except FileNotFoundError:
+        return None
+    return _extracted(unit, table) if table.schema.metadata.get(b"key") == key.encode() else None
+
+
+def _extracted(unit: Unit, table: Any) -> Extracted:
+    facts = table.schema.metadata
     return Extracted(
         unit=unit,
         source=unit.files[0].source,
-        read=read,
-        dropped=dict(dropped),
-        hashes=np.frombuffer(b"".join(hashes), dtype="V16"),
-        characters=np.array([len(text) for text in texts], dtype=np.int64),
+        read=int(facts[b"read"]),
+        dropped=json.loads(facts[b"dropped"]),
+        hashes=np.frombuffer(b"".join(table["hash"].to_pylist()), dtype="V16"),
+        characters=table["characters"].to_numpy(),
     )
 
 

@@ -92,7 +92,7 @@ class RayCluster:
         return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=self.environment)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def ray_cluster(s3_endpoint: str) -> Iterator[RayCluster]:
     storage._s3.cache_clear()
     storage._s3().create_bucket(Bucket=BUCKET.removeprefix("s3://"))
@@ -137,7 +137,7 @@ def manifest_of(kind: str, overlay: str) -> dict[str, Any]:
     return next(found for found in ray_objects(K8S / overlay) if found["kind"] == kind)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def tiny(ray_cluster: RayCluster) -> RunDir:
     """The run that the RayJob's entrypoint makes, as written, through `ray job submit`."""
     done = ray_cluster.submit(entrypoint(manifest_of("RayJob", "base/train")))
@@ -145,7 +145,7 @@ def tiny(ray_cluster: RayCluster) -> RunDir:
     return find_run(f"{BUCKET}/tiny")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def calm(tiny: RunDir, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """The same training on the same corpus with no fault, on a cluster of its own and a local disk."""
     root = tmp_path_factory.mktemp("calm")

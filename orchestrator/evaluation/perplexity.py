@@ -21,17 +21,11 @@ def evaluate(run: RunDir, recipe: Recipe, manifest: Manifest, step: int, device:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from orchestrator.train.models import build_model
+    from orchestrator.train.models import base_model
 
     sequences = min(recipe.evaluation.held_out_sequences, manifest.sequences("held_out"))
     tokens = ShardReader(run.corpus, manifest.shards("held_out")).take(np.arange(sequences))
-    base = build_model(
-        recipe.model,
-        vocab_size=manifest.vocab_size,
-        sequence_length=manifest.sequence_length,
-        seed=recipe.train.seed,
-        dtype=torch.float32,
-    )
+    base = base_model(recipe, manifest.vocab_size, torch.float32)
     with storage.local_directory(run.model) as folder:
         model = AutoModelForCausalLM.from_pretrained(folder)
     return {

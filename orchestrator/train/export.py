@@ -24,15 +24,9 @@ def export(run: RunDir, recipe: Recipe, manifest: Manifest, commit: Commit, targ
 
     from orchestrator.train import checkpoints
     from orchestrator.train.fragments import Fragment
-    from orchestrator.train.models import build_model
+    from orchestrator.train.models import base_model
 
-    model = build_model(
-        recipe.model,
-        vocab_size=manifest.vocab_size,
-        sequence_length=manifest.sequence_length,
-        seed=recipe.train.seed,
-        dtype=torch.float32,
-    )
+    model = base_model(recipe, manifest.vocab_size, torch.float32)
     with torch.no_grad():
         fragments = [
             Fragment(name, 0, parameter.numel(), {"param": parameter.data.view(-1)})

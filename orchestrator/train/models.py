@@ -6,7 +6,15 @@ from typing import Any
 
 import torch
 
-from orchestrator.config import ModelConfig
+from orchestrator.config import ModelConfig, Recipe
+
+
+def base_model(recipe: Recipe, vocab_size: int, dtype: torch.dtype) -> Any:
+    """The model that a recipe starts from."""
+    train = recipe.train
+    return build_model(
+        recipe.model, vocab_size=vocab_size, sequence_length=train.sequence_length, seed=train.seed, dtype=dtype
+    )
 
 
 def build_model(config: ModelConfig, *, vocab_size: int, sequence_length: int, seed: int, dtype: torch.dtype) -> Any:

@@ -96,19 +96,12 @@ def _build_engine(recipe: Recipe, plan: Plan, vocab_size: int) -> Any:
     import torch
 
     from orchestrator.train.engine import DTYPES, Engine
-    from orchestrator.train.models import build_model
+    from orchestrator.train.models import base_model
 
     accelerator = accelerators.ACCELERATORS[plan.accelerator]
     if accelerator is accelerators.CPU:
         torch.set_num_threads(max(1, int(recipe.train.cpus_per_worker)))
-    model = build_model(
-        recipe.model,
-        vocab_size=vocab_size,
-        sequence_length=recipe.train.sequence_length,
-        seed=recipe.train.seed,
-        dtype=DTYPES[plan.dtype],
-    )
-    return Engine(model, recipe.train, plan, accelerator)
+    return Engine(base_model(recipe, vocab_size, DTYPES[plan.dtype]), recipe.train, plan, accelerator)
 
 
 def _after_commit(run: RunDir, recipe: Recipe, attempt: int, commit: Commit, seconds: float) -> None:

@@ -1,7 +1,7 @@
 """Sources -> Corpus, on Ray Data: read and clean, deduplicate, train a tokenizer, tokenise, pack, write shards.
 
-Work is cut into units of files. What a unit's reading gave is a file written whole, so the same command reads unfinished
-units only; the manifest is written last, and a corpus without it is unfinished.
+Work is cut into units of files. What the reading of a unit gave is a file written whole, so the same command reads
+unfinished units only; the manifest is written last, and a corpus without it is unfinished.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -9,7 +10,6 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -70,26 +70,26 @@ def _train(job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int, world_s
     recorder = Recorder(run, job.attempt, rank, tokens_per_step=config.global_batch_size * config.sequence_length)
     stop = StopRequest(run, rank)
     saved = resume.step if resume else None
-    for step, tokens in recorder.timed(batches, first):
-        lr = learning_rate(config, step)
-        result = engine.step(tokens, lr, flag=stop.requested())
-        recorder.record(step, result, lr)
-        if not math.isfinite(result.loss):
-            raise FloatingPointError(f"loss is {result.loss} at step {step}")
-        _inject_faults(recipe, run, rank, step)
-        if step % config.checkpoint_every == 0 or step == config.steps or result.flag:
-            position = Position(
-                step=step, seed=config.seed, global_batch_size=config.global_batch_size, corpus_hash=manifest.hash
-            )
-            with recorder.saving(step):
-                commit = engine.save(run.checkpoints, job.attempt, saved, position)
-            saved = step
-            if commit:
-                _after_commit(run, recipe, job.attempt, commit, recorder.checkpoint_s)
-        if result.flag:
-            log.info("step %d: asked to stop, state committed", step)
-            break
-    recorder.close()
+    with contextlib.closing(recorder):
+        for step, tokens in recorder.timed(batches, first):
+            lr = learning_rate(config, step)
+            result = engine.step(tokens, lr, flag=stop.requested())
+            recorder.record(step, result, lr)
+            if not math.isfinite(result.loss):
+                raise FloatingPointError(f"loss is {result.loss} at step {step}")
+            _inject_faults(recipe, run, rank, step)
+            if step % config.checkpoint_every == 0 or step == config.steps or result.flag:
+                position = Position(
+                    step=step, seed=config.seed, global_batch_size=config.global_batch_size, corpus_hash=manifest.hash
+                )
+                with recorder.saving():
+                    commit = engine.save(run.checkpoints, job.attempt, saved, position)
+                saved = step
+                if commit:
+                    _after_commit(run, recipe, job.attempt, commit, recorder.checkpoint_s)
+            if result.flag:
+                log.info("step %d: asked to stop, state committed", step)
+                break
 
 
 def _build_engine(recipe: Recipe, plan: Plan, vocab_size: int) -> Any:
@@ -177,8 +177,8 @@ class Recorder:
         if self._out:
             self._out.append(json.dumps(line))
 
-    @contextmanager
-    def saving(self, step: int) -> Iterator[None]:
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
         """Time of a checkpoint counts to the record of the step after it."""
         before = time.perf_counter()
         yield
@@ -192,7 +192,7 @@ class Recorder:
             self._out.close()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _log_file(run: RunDir, attempt: int, rank: int) -> Iterator[None]:
     """Everything logged in this process, and the traceback it ends with, in the attempt's logs."""
     out = storage.Appender(storage.join(run.attempt_logs(attempt), f"rank-{rank}.log"))

@@ -38,13 +38,13 @@ def test_the_worker_was_killed_and_the_run_went_on_from_its_last_commit(tiny: Ru
     assert [event["kind"] for event in events if event["event"] == "fault_injected"] == ["kill_rank"]
     ended = [event for event in events if event["event"] == "attempt_ended"]
     assert [event["outcome"] for event in ended] == ["worker_lost", "finished"]
-    assert ended[0]["last_step"] >= 25
     assert (ended[0]["committed_step"], ended[1]["resumed_from"]) == (20, 20)
-    repeated = [line for line in tiny.metric_lines() if line["attempt"] == 2 and line["step"] <= 25]
-    assert [line["step"] for line in repeated] == [21, 22, 23, 24, 25]
-    before = {line["step"]: line["loss"] for line in tiny.metric_lines() if line["attempt"] == 1}
+    second = [line["step"] for line in tiny.metric_lines() if line["attempt"] == 2]
+    assert second == list(range(21, STEPS + 1))
     # S3 objects cannot grow: the lines of the last seconds before the kill may be missing there.
-    assert all(before.get(line["step"], line["loss"]) == line["loss"] for line in repeated)
+    first = {line["step"]: line["loss"] for line in tiny.metric_lines() if line["attempt"] == 1}
+    assert set(range(1, 21)) <= set(first) <= set(range(1, 26))
+    assert all(tiny.loss_curve()[step]["loss"] == loss for step, loss in first.items())
 
 
 def test_every_attempt_has_its_plan_and_its_logs(tiny: RunDir) -> None:
@@ -83,13 +83,9 @@ def test_the_model_is_the_checkpoint_and_loads_with_transformers(tiny: RunDir, t
     assert commit.step == STEPS
     storage.download_directory(storage.join(tiny.checkpoint(STEPS), commit.folder), tmp_path / "checkpoint")
     dcp_to_torch_save(tmp_path / "checkpoint", tmp_path / "state.pt")
-    state = torch.load(tmp_path / "state.pt")["param"]
+    state = torch.load(tmp_path / "state.pt")
     for name, parameter in model.named_parameters():
-        assert torch.equal(_nested(state, name), parameter.detach().flatten()), name
-
-
-def _nested(state: Any, name: str) -> Any:
-    return state[name] if name in state else state[f"param/{name}"]
+        assert torch.equal(state[f"param/{name}"], parameter.detach().flatten()), name
 
 
 def test_training_lowered_the_held_out_perplexity(tiny: RunDir) -> None:
@@ -117,7 +113,8 @@ def test_status_reads_the_run_alone(tiny: RunDir) -> None:
     status = json.loads(terrane("status", tiny.uri, "--json").stdout)
     assert status["step"] == status["steps"] == STEPS
     assert [row["outcome"] for row in status["attempts"]] == ["worker_lost", "finished"]
-    assert status["attempts"][1]["steps_repeated"] == 5
+    assert status["attempts"][1]["steps_repeated"] <= 5
+    assert status["attempts"][1]["recovery_s"] > 0
     assert STEPS in status["checkpoints"]
     assert "worker_lost" in terrane("status", tiny.uri).stdout
 

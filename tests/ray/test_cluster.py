@@ -20,7 +20,7 @@ def mixed() -> Iterator[None]:
     os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
     folder = tempfile.mkdtemp(prefix="trn-", dir="/tmp")
     small = {"object_store_memory": 80_000_000, "include_dashboard": False}
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "_temp_dir": folder, **small})
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "temp_dir": folder, **small})
     try:
         nodes.add_node(num_cpus=2, num_gpus=4, labels={"terrane.io/accelerator": "dcu"}, **small)
         nodes.add_node(num_cpus=2, num_gpus=1, labels={"ray.io/accelerator-type": "A100"}, **small)

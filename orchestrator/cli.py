@@ -11,11 +11,14 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from orchestrator.errors import Interrupted, UserError
+
+if TYPE_CHECKING:
+    from orchestrator.runs import RunDir
 
 app = typer.Typer(
     name="terrane",
@@ -44,6 +47,8 @@ def guarded(call: Callable[[], Any]) -> int:
 
     try:
         result = call()
+        if result == Interrupted.exit_code:  # Typer has turned Ctrl-C into a return value
+            raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
     except UserError as error:
         if os.environ.get("TERRANE_DEBUG"):
@@ -99,20 +104,19 @@ def _run(recipe: str, overrides: list[str], stages: tuple[str, ...], address: st
     set_up_logging()
     loaded = load_recipe(recipe, overrides)
     run = run_recipe(loaded, source=Path(recipe).read_text(encoding="utf-8"), stages=stages, address=address)
-    typer.echo(_next_commands(run.uri))
+    typer.echo(_next_commands(run))
 
 
-def _next_commands(uri: str) -> str:
-    place = _shortest(uri)
-    return "\n".join(
-        (
-            f"done: {place}",
-            f"  look      terrane status {place}",
-            f"  read      {place}/report.html",
-            f"  serve     terrane serve {place}/model",
-            "  talk      terrane chat http://127.0.0.1:8000",
-        )
-    )
+def _next_commands(run: RunDir) -> str:
+    from orchestrator import storage
+
+    place = _shortest(run.uri)
+    lines = [f"done: {place}", f"  look      terrane status {place}"]
+    if storage.exists(run.report_html):
+        lines.append(f"  read      {place}/report.html")
+    if storage.exists(run.model_manifest):
+        lines += [f"  serve     terrane serve {place}/model", "  talk      terrane chat http://127.0.0.1:8000"]
+    return "\n".join(lines)
 
 
 def _shortest(uri: str) -> str:
@@ -151,10 +155,10 @@ def plan(recipe: RecipePath, overrides: Overrides = None, address: Address = Non
 def status(run: RunPath, as_json: AsJson = False) -> None:
     """Where a run is: stages, attempts, the last step and the newest checkpoint."""
     from orchestrator.runs import find_run
-    from orchestrator.status import describe, summarize
+    from orchestrator.status import describe, finite, summarize
 
     summary = summarize(find_run(run))
-    typer.echo(json.dumps(summary, indent=2) if as_json else describe(summary))
+    typer.echo(json.dumps(finite(summary), indent=2) if as_json else describe(summary))
 
 
 @app.command()

@@ -11,12 +11,29 @@ import json
 import re
 import sysconfig
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from orchestrator.errors import UserError
+
+
+def _settled_path(path: str) -> str:
+    """Absolute, so that workers and later commands mean the same place.
+
+    `${site_packages}` and s3:// stay as written.
+    """
+    if "://" in path or path.startswith("${"):
+        return path
+    try:
+        return str(Path(path).expanduser().absolute())
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(str(error)) from None
+
+
+InputPath = Annotated[str, Field(min_length=1), AfterValidator(_settled_path)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -25,7 +42,7 @@ class Section(BaseModel):
 
 class Source(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
-    path: str
+    path: InputPath
     """File, directory or glob, on a local path or s3://. `${site_packages}` stands for the running Python's."""
     include: tuple[str, ...] = ()
     """File name patterns to take from a directory; empty takes every format that Terrane reads."""
@@ -47,7 +64,7 @@ class CorpusConfig(Section):
 
 
 class TokenizerConfig(Section):
-    path: str | None = None
+    path: InputPath | None = None
     """A Hugging Face tokenizer directory; without one a byte-level BPE is trained on the corpus."""
     vocab_size: int = Field(default=50_000, ge=300)
     """Of the trained tokenizer, special tokens included."""
@@ -56,7 +73,7 @@ class TokenizerConfig(Section):
 
 
 class ModelConfig(Section):
-    path: str | None = None
+    path: InputPath | None = None
     """A Hugging Face model directory to adapt. Without one a model is made from random weights."""
     architecture: Literal["galactica"] = "galactica"
     """Decoder of the Galactica family (OPT layout, GeLU, no biases, learned positions)."""
@@ -97,7 +114,7 @@ class TrainConfig(Section):
     warmup_steps: int = Field(default=0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Linear and cosine decay to a tenth of `lr` at the last step."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: float = Field(default=0.1, ge=0)
     clip_norm: float = Field(default=1.0, gt=0)
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -147,7 +164,7 @@ class Recipe(Section):
     format: Literal[1] = 1
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """Of the run: it lives in `<storage>/<name>`."""
-    storage: str = "runs"
+    storage: str = Field(default="runs", min_length=1)
     """Local directory (shared by all nodes of a cluster) or s3://bucket/prefix."""
     corpus: CorpusConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -216,9 +233,8 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def expand_path(path: str) -> str:
-    """Replace `${site_packages}` and a leading `~`."""
-    path = path.replace("${site_packages}", sysconfig.get_paths()["purelib"])
-    return path if "://" in path else str(Path(path).expanduser())
+    """Replace `${site_packages}`."""
+    return path.replace("${site_packages}", sysconfig.get_paths()["purelib"])
 
 
 # --- YAML with line numbers -------------------------------------------------------------------------------------------
@@ -241,14 +257,15 @@ class _Document:
             raise UserError(f"cannot read {override!r} as key=value", "write it as in train.lr=1e-4")
         try:
             value = yaml.load(text, _Loader)
-        except yaml.YAMLError:
-            raise UserError(f"cannot read the value of {override!r} as YAML") from None
+        except (yaml.YAMLError, ValueError, RecursionError):
+            hint = "quote what is special to YAML, as in 'include=[\"*.py\"]'"
+            raise UserError(f"cannot read the value of {override!r} as YAML", hint) from None
         node: Any = self.values
         for depth, part in enumerate(parts):
             self.places[tuple(parts[: depth + 1])] = f"command line, {override}:"
             if not isinstance(node, (dict, list)):
                 raise UserError(f"{override!r}: {'.'.join(parts[:depth])} is a value and has no fields")
-            if isinstance(node, list) and not (part.isdigit() and int(part) < len(node)):
+            if isinstance(node, list) and not (part.isdecimal() and int(part) < len(node)):
                 raise UserError(f"{override!r}: {'.'.join(parts[:depth])} has {len(node)} entries, from 0")
             index: Any = int(part) if isinstance(node, list) else part
             if depth == len(parts) - 1:
@@ -302,6 +319,8 @@ def _parse(file: str, text: str) -> _Document:
         mark = getattr(error, "problem_mark", None)
         place = f"{file}:{mark.line + 1}" if mark else file
         raise UserError(f"{place} is not YAML: {getattr(error, 'problem', error)}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} holds a value that YAML cannot mean: {type(error).__name__}: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{file} holds no recipe", "jobs/recipes/ has examples")
     return _Document(file, values, lines)

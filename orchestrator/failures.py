@@ -39,7 +39,7 @@ def decide(endings: list[Ending], max_restarts: int) -> Decision:
     if last.outcome in ("finished", "stopped"):
         return Decision("finish", last.outcome)
     if last.outcome == "user_error":
-        return Decision("give_up", "the input is wrong: a restart would meet it again")
+        return Decision("give_up", "a restart would meet it again")
     if last.outcome == "error" and len(endings) > 1 and _same_error(endings[-2], last):
         return Decision("give_up", f"the same error twice after step {last.last_step}")
     fruitless = _restarts_without_progress(endings)

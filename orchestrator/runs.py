@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator import storage
-from orchestrator.config import Recipe, changed_values
-from orchestrator.errors import RunFailed, UserError
+from orchestrator.config import Fault, Recipe, changed_values
+from orchestrator.errors import RunFailed, StorageError, UserError
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class RunDir:
     def read_json(self, uri: str) -> Any | None:
         """The JSON at uri, None where there is nothing."""
         try:
-            return json.loads(storage.read(uri))
+            return storage.read_json(uri)
         except FileNotFoundError:
             return None
 
@@ -123,7 +123,11 @@ class RunDir:
         resolved = self.read_json(self.resolved)
         if resolved is None:
             raise UserError(f"no run at {self.uri}", "give the run directory, as in runs/tiny")
-        return Recipe.model_validate(resolved["recipe"])
+        try:
+            return Recipe.model_validate(resolved["recipe"])
+        except (TypeError, KeyError, ValueError) as error:
+            message = f"{self.resolved} is of another version of Terrane, or damaged: {type(error).__name__}"
+            raise StorageError(message, "use the version that began the run") from None
 
     def attempts(self) -> list[int]:
         """Numbers of the claimed attempts, in order."""
@@ -163,9 +167,10 @@ class RunDir:
         """The record of every step that counts: where attempts overlap, the later one's."""
         return {line["step"]: line for line in self.metric_lines()}
 
-    def claim_fault(self, index: int) -> bool:
-        """True once for each entry of `faults`: an injected failure does not come back after the restart."""
-        return storage.create(self.path("faults", f"{index:03d}.json"), _dump({"by": holder()}))
+    def claim_fault(self, fault: Fault) -> bool:
+        """True once for each of `faults`: an injected failure does not come back after the restart."""
+        name = f"{fault.kind}-rank-{fault.rank}-step-{fault.step}.json"
+        return storage.create(self.path("faults", name), _dump({"by": holder()}))
 
 
 def open_run(recipe: Recipe, source: str | None = None) -> RunDir:
@@ -182,7 +187,8 @@ def open_run(recipe: Recipe, source: str | None = None) -> RunDir:
     run = RunDir(storage.join(root, recipe.name))
     values = recipe.model_dump(mode="json")
     before = run.read_json(run.resolved)
-    if before is not None:
+    begun = storage.exists(run.corpus_manifest) or bool(run.attempts())
+    if before is not None and begun:
         changes = changed_values(before["recipe"], values)
         if changes:
             raise UserError(

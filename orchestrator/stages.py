@@ -98,7 +98,7 @@ class _Session:
         return manifest
 
     def last_commit(self) -> checkpoints.Commit:
-        commit = checkpoints.newest(self.run.checkpoints)
+        commit = supervisor.resume_point(self.run)
         if commit is None:
             raise RunFailed(f"{self.run.uri} has no checkpoint yet", "run the train stage first")
         return commit
@@ -134,8 +134,10 @@ def _make_corpus(session: _Session) -> None:
 
 
 def _train_done(session: _Session) -> bool:
-    steps = checkpoints.committed_steps(session.run.checkpoints)
-    return bool(steps) and steps[-1] >= session.recipe.train.steps
+    if _export_done(session):
+        return True
+    commit = supervisor.resume_point(session.run)
+    return commit is not None and commit.step >= session.recipe.train.steps
 
 
 def _train(session: _Session) -> None:
@@ -150,7 +152,7 @@ def _train(session: _Session) -> None:
 
 def _export_done(session: _Session) -> bool:
     facts = session.run.read_json(session.run.model_manifest)
-    return facts is not None and _train_done(session) and facts["step"] >= session.recipe.train.steps
+    return facts is not None and facts["step"] >= session.recipe.train.steps
 
 
 def _export(session: _Session) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from orchestrator import storage
@@ -31,6 +32,15 @@ def summarize(run: RunDir) -> dict[str, Any]:
         "evaluation": run.read_json(run.path("evaluation", evaluations[-1])) if evaluations else None,
         "last_event": events[-1] if events else None,
     }
+
+
+def finite(value: Any) -> Any:
+    """The same value with null for what JSON has no number for: a loss that is not finite."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def describe(summary: dict[str, Any]) -> str:

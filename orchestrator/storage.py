@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import shutil
 import tempfile
@@ -32,7 +33,10 @@ def absolute(uri: str) -> str:
     """The URI as other nodes and other working directories can use it."""
     if "://" in uri and not is_s3(uri):
         raise StorageError(f"storage {uri!r} has an unknown scheme", "use a local path or s3://bucket/prefix")
-    return uri.rstrip("/") if is_s3(uri) else str(Path(uri).expanduser().resolve())
+    try:
+        return uri.rstrip("/") if is_s3(uri) else str(Path(uri).expanduser().resolve())
+    except (RuntimeError, ValueError, OSError) as error:
+        raise StorageError(f"{uri!r} is no path: {error}") from None
 
 
 def read(uri: str) -> bytes:
@@ -41,10 +45,25 @@ def read(uri: str) -> bytes:
         FileNotFoundError: nothing is stored there.
     """
     if not is_s3(uri):
-        return Path(uri).read_bytes()
+        try:
+            return Path(uri).read_bytes()
+        except (NotADirectoryError, IsADirectoryError):
+            raise FileNotFoundError(uri) from None
     with _missing_as_file_not_found(uri):
         bucket, key = _split(uri)
         return bytes(_s3().get_object(Bucket=bucket, Key=key)["Body"].read())
+
+
+def read_json(uri: str) -> Any:
+    """
+    Raises:
+        FileNotFoundError: nothing is stored there.
+        StorageError: what is stored is not JSON.
+    """
+    try:
+        return json.loads(read(uri))
+    except (ValueError, RecursionError) as error:
+        raise StorageError(f"{uri} is damaged: {error}", "restore it, or delete what it describes") from None
 
 
 def write(uri: str, data: bytes) -> None:

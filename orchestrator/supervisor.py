@@ -46,7 +46,7 @@ def supervise(run: RunDir, recipe: Recipe, on_step: Callable[[dict[str, Any]], N
     storage.delete(run.stop_request)
     endings: list[Ending] = []
     while True:
-        resume = _resume_point(run, recipe)
+        resume = resume_point(run)
         if resume and resume.step >= recipe.train.steps:
             return resume
         chosen = make_plan(run, recipe)
@@ -85,7 +85,13 @@ def request_stop(run: RunDir, reason: str) -> None:
     run.write_json(run.stop_request, {"reason": reason, "time": time.time()})
 
 
-def _resume_point(run: RunDir, recipe: Recipe) -> Commit | None:
+def resume_point(run: RunDir) -> Commit | None:
+    """The newest checkpoint that is whole; damaged ones are set aside, and said to be.
+
+    Raises:
+        UserError: it was trained on another corpus than the run's.
+    """
+
     def set_aside(step: int, what: str) -> None:
         log.warning("checkpoint of step %d set aside: %s", step, what)
         run.log_event("checkpoint_damaged", step=step, message=what)
@@ -266,10 +272,10 @@ def _judge(error: Exception | None) -> tuple[Outcome, str]:
 
 
 def _cause(failure: BaseException) -> BaseException:
-    """Under Ray Train's wrappers: the exception the worker raised, or the death of its actor."""
-    for attribute in ("_base_exc", "health_check_failure"):
+    """Under the wrappers of Ray Train and Ray Data: the exception that was raised, or the death of the worker."""
+    for attribute in ("_base_exc", "health_check_failure", "cause", "__cause__"):
         inner = getattr(failure, attribute, None)
-        if isinstance(inner, BaseException):
+        if isinstance(inner, BaseException) and not isinstance(failure, UserError):
             return _cause(inner)
     return failure
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from orchestrator import cluster
+from orchestrator.errors import UserError
 from serve import deploy
 from serve.args import parse_args
 
@@ -48,9 +50,23 @@ def chat_with(target: str, say: Callable[[str], Any]) -> None:
         deploy.converse(url)
 
 
+def _check_port(host: str, port: int) -> None:
+    """
+    Raises:
+        UserError: nobody could listen there.
+    """
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except (OSError, OverflowError) as error:
+        raise UserError(f"cannot listen on {host}:{port}: {error}", "give another --port; 0 takes a free one") from None
+
+
 @contextmanager
 def _service(args: Mapping[str, Any], *, host: str, port: int, address: str | None) -> Iterator[str]:
     parse_args(args)
+    _check_port(host, port)
     with cluster.connection(address):
         try:
             yield deploy.deploy(args, host=host, port=port)

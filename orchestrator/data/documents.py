@@ -7,6 +7,7 @@ import fnmatch
 import gzip
 import json
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,12 +51,12 @@ def list_source(source: Source) -> list[SourceFile]:
             root, _, name = path.rpartition("/")
             names = [name]
     elif "*" in path:
-        found = Path(root or ".").glob(path[len(root) :].lstrip("/"))
-        names = [str(p.relative_to(root or ".")) for p in found if p.is_file()]
+        names = _glob(source, root, path[len(root) :].lstrip("/"))
     elif Path(path).is_file():
         root, names = str(Path(path).parent), [Path(path).name]
     elif Path(path).is_dir():
-        names = storage.list_files(path)
+        # Only what can be read as a file: no dangling links, no pipes.
+        names = [name for name in storage.list_files(path) if Path(path, name).is_file()]
     else:
         raise UserError(f"source {source.name}: nothing at {path}", "check corpus.sources[].path")
     wanted = sorted(name for name in names if _is_wanted(name, source, path, root))
@@ -70,6 +71,13 @@ def list_source(source: Source) -> list[SourceFile]:
     return files
 
 
+def _glob(source: Source, root: str, pattern: str) -> list[str]:
+    try:
+        return [str(path.relative_to(root)) for path in Path(root).glob(pattern) if path.is_file()]
+    except (ValueError, OSError) as error:
+        raise UserError(f"source {source.name}: {source.path}: {error}", "** stands alone between slashes") from None
+
+
 def list_sources(corpus: CorpusConfig) -> list[SourceFile]:
     return [file for source in corpus.sources for file in list_source(source)]
 
@@ -79,14 +87,14 @@ def read_documents(file: SourceFile) -> Iterator[Document | Unreadable]:
     try:
         data = storage.read(file.uri)
         name = file.name
-        if name.endswith(".gz"):
-            data, name = gzip.decompress(data), name.removesuffix(".gz")
+        if name.lower().endswith(".gz"):
+            data, name = gzip.decompress(data), name[: -len(".gz")]
         reader = _reader(name)
-        identity = f"{file.source}/{file.name}"
+        identity = f"{file.source}/{file.name}".encode("utf-8", "replace").decode()
         yield from reader(identity, data)
     except Unreadable as reason:
         yield reason
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         yield Unreadable("broken gzip" if file.name.endswith(".gz") else f"unreadable: {type(error).__name__}")
 
 
@@ -168,4 +176,4 @@ def _is_wanted(name: str, source: Source, path: str, root: str) -> bool:
         return False
     if source.include:
         return any(fnmatch.fnmatch(name, pattern) for pattern in source.include)
-    return any(name.removesuffix(".gz").lower().endswith(suffix.lower()) for suffix in READERS) or "*" in path
+    return any(name.lower().removesuffix(".gz").endswith(suffix.lower()) for suffix in READERS) or "*" in path

@@ -22,7 +22,7 @@ from orchestrator import storage
 from orchestrator.config import Recipe
 from orchestrator.data import documents, shards, steps
 from orchestrator.data import tokenizer as tokenizers
-from orchestrator.errors import UserError
+from orchestrator.errors import StorageError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -56,11 +56,18 @@ class Manifest:
 
 
 def load_manifest(corpus: str) -> Manifest | None:
-    """The manifest of a finished corpus, None for an unfinished one."""
+    """The manifest of a finished corpus, None for an unfinished one.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    uri = storage.join(corpus, "manifest.json")
     try:
-        return Manifest(**json.loads(storage.read(storage.join(corpus, "manifest.json"))))
+        return Manifest(**storage.read_json(uri))
     except FileNotFoundError:
         return None
+    except TypeError as error:
+        raise StorageError(f"{uri} is of another version of Terrane, or damaged: {error}") from None
 
 
 def corpus_inputs(recipe: Recipe) -> str:
@@ -265,8 +272,11 @@ def _sample(recipe: Recipe, extracted: list[Extracted], kept: list[np.ndarray]) 
     characters = np.concatenate([e.characters for e in extracted]) * np.concatenate(masks)
     # The first 8 bytes decide the split, so the last 8 order the sample.
     ranking = np.argsort(_words(hashes)[:, 1], kind="stable")
+    limit = recipe.tokenizer.sample_mib * 2**20
+    smallest = characters[characters > 0].min() if characters.any() else 0
+    ranking = ranking[characters[ranking] <= max(limit, smallest)]
     chosen = np.zeros(len(hashes), dtype=bool)
-    chosen[ranking[np.cumsum(characters[ranking]) <= recipe.tokenizer.sample_mib * 2**20]] = True
+    chosen[ranking[np.cumsum(characters[ranking]) - characters[ranking] < limit]] = True
     split = np.split(chosen, np.cumsum([len(m) for m in masks])[:-1])
     return [(e.unit, mask & chosen) for e, mask, chosen in zip(extracted, masks, split, strict=True)]
 

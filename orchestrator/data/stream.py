@@ -15,7 +15,7 @@ import numpy as np
 from orchestrator.data.order import Order
 from orchestrator.data.pipeline import Manifest, quiet_ray_data
 from orchestrator.data.shards import ShardReader
-from orchestrator.errors import RunFailed
+from orchestrator.errors import RunFailed, StorageError
 
 UNIT_BYTES = 16 * 2**20
 PACE_S = 0.02
@@ -38,6 +38,7 @@ def rank_batches(
 
     Raises:
         RunFailed: other samples arrived than the order says.
+        StorageError: a shard is missing or damaged.
     """
     import ray
 
@@ -50,7 +51,11 @@ def rank_batches(
         start = starts[int(unit["id"][0])]
         steps = range(start, min(start + steps_per_unit, last_step + 1))
         ids = np.concatenate([order.of_rank(step, part.rank, part.world_size) for step in steps])
-        return {"sample": ids, "tokens": ShardReader(corpus, shards).take(ids)}
+        try:
+            tokens, problem = ShardReader(corpus, shards).take(ids), ""
+        except StorageError as error:  # as a value: Ray Data would bury an exception under its own
+            tokens, problem = np.zeros((len(ids), manifest.sequence_length), np.uint16), error.message
+        return {"sample": ids, "tokens": tokens, "problem": np.full(len(ids), problem)}
 
     quiet_ray_data()
     context = ray.data.DataContext.get_current()
@@ -62,6 +67,8 @@ def rank_batches(
     )
     batches = dataset.iter_batches(batch_size=each, batch_format="numpy", prefetch_batches=2)
     for step, batch in zip(range(first_step, last_step + 1), batches, strict=True):
+        if any(batch["problem"]):
+            raise StorageError(max(batch["problem"]), "delete the corpus directory and run again to make it anew")
         expected = order.of_rank(step, part.rank, part.world_size)
         if not np.array_equal(batch["sample"], expected):
             raise RunFailed(

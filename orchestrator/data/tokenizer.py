@@ -66,7 +66,11 @@ def vocabulary_size(path: str) -> int:
     """Entries of the tokenizer in a directory, added tokens included."""
     from tokenizers import Tokenizer
 
-    return int(Tokenizer.from_file(str(Path(path) / "tokenizer.json")).get_vocab_size(with_added_tokens=True))
+    file = Path(path) / "tokenizer.json"
+    try:
+        return int(Tokenizer.from_file(str(file)).get_vocab_size(with_added_tokens=True))
+    except Exception as error:  # the library raises the bare class
+        raise UserError(f"{file} is no tokenizer: {error}") from None
 
 
 def load(path: str | Path) -> Any:

@@ -12,6 +12,7 @@ from orchestrator.config import ModelConfig
 from orchestrator.errors import UserError
 
 _OPT_POSITION_OFFSET = 2
+CONFIG_KEYS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +57,15 @@ def check_model_directory(path: str) -> dict[str, Any]:
         raise UserError(f"model.path: {path} has no config.json", "give a Hugging Face model directory")
     if not list(folder.glob("*.safetensors")):
         raise UserError(f"model.path: {path} has no *.safetensors", "save the model with safetensors: .bin runs code")
-    values: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    return values
+    try:
+        values = json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise UserError(f"model.path: {folder}/config.json is not JSON: {error}") from None
+    missing = [key for key in CONFIG_KEYS if not isinstance(values, dict) or key not in values]
+    if missing:
+        message = f"model.path: {folder}/config.json has no {', '.join(missing)}"
+        raise UserError(message, "decoder-only models in the layout of OPT or Llama are supported")
+    return dict(values)
 
 
 def _directory_shape(folder: Path, vocab_size: int, sequence_length: int) -> ModelShape:
@@ -84,9 +92,14 @@ def _directory_shape(folder: Path, vocab_size: int, sequence_length: int) -> Mod
 
 def _elements(file: Path) -> int:
     """Elements of all tensors of a safetensors file, from its header (8 bytes of length, then JSON)."""
-    with file.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(length))
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > file.stat().st_size:
+                raise ValueError("its header is longer than the file")
+            header = json.loads(stream.read(length))
+    except (ValueError, struct.error) as error:
+        raise UserError(f"model.path: {file} is no safetensors file: {error}", "is it a git-lfs pointer?") from None
     total = 0
     for name, tensor in header.items():
         if name != "__metadata__":

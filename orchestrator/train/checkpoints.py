@@ -75,8 +75,16 @@ def committed_steps(checkpoints: str) -> list[int]:
 
 
 def read_commit(checkpoints: str, step: int) -> Commit:
-    values = json.loads(storage.read(storage.join(step_directory(checkpoints, step), COMMITTED)))
-    return Commit(**{**values, "position": Position(**values["position"])})
+    """
+    Raises:
+        StorageError: COMMITTED cannot be read.
+    """
+    uri = storage.join(step_directory(checkpoints, step), COMMITTED)
+    values = storage.read_json(uri)
+    try:
+        return Commit(**{**values, "position": Position(**values["position"])})
+    except (TypeError, KeyError) as error:
+        raise StorageError(f"{uri} is of another version of Terrane, or damaged: {error}") from None
 
 
 def damage(checkpoints: str, commit: Commit) -> str | None:
@@ -102,8 +110,11 @@ def newest(checkpoints: str, on_damage: Any = None) -> Commit | None:
         on_damage: called with (step, what is wrong).
     """
     for step in reversed(committed_steps(checkpoints)):
-        commit = read_commit(checkpoints, step)
-        fault = damage(checkpoints, commit)
+        try:
+            commit = read_commit(checkpoints, step)
+            fault = damage(checkpoints, commit)
+        except StorageError as error:
+            fault = error.message
         if fault is None:
             return commit
         if on_damage:
@@ -151,11 +162,21 @@ def save(checkpoints: str, attempt: int, parent: int | None, position: Position,
     dist.all_gather_object(gathered, facts)
     files = {name: fact for part in gathered for name, fact in part.items()}
     commit = Commit(attempt=attempt, parent=parent, position=position, files=files)
-    verdict = [rank != 0 or storage.create(storage.join(directory, COMMITTED), _dump(commit))]
+    verdict = [rank != 0 or _publish(checkpoints, commit)]
     dist.broadcast_object_list(verdict, src=0)
     if not verdict[0]:
-        raise StorageError(f"step {position.step} is committed by another attempt: attempt {attempt} has been replaced")
+        raise StorageError(
+            f"step {position.step} is committed by another attempt: attempt {attempt} has been replaced",
+            "another driver works on this run: let it finish, or stop it first",
+        )
     return commit if rank == 0 else None
+
+
+def _publish(checkpoints: str, commit: Commit) -> bool:
+    """Create COMMITTED, unless another attempt has committed this step or gone past it."""
+    if any(step > commit.step for step in committed_steps(checkpoints)):
+        return False
+    return storage.create(storage.join(step_directory(checkpoints, commit.step), COMMITTED), _dump(commit))
 
 
 def retain(checkpoints: str, keep: int) -> None:

@@ -51,6 +51,7 @@ def export_step(run: RunDir, step: int | None, target: str) -> int:
     """
     from orchestrator.train import checkpoints
 
+    storage.check_writable(target)
     manifest = load_manifest(run.corpus)
     known = checkpoints.committed_steps(run.checkpoints)
     if manifest is None or not known:

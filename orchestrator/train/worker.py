@@ -113,10 +113,10 @@ def _after_commit(run: RunDir, recipe: Recipe, attempt: int, commit: Commit, sec
 
 
 def _inject_faults(recipe: Recipe, run: RunDir, rank: int, step: int) -> None:
-    for index, fault in enumerate(recipe.faults):
-        if fault.rank == rank and fault.step == step and run.claim_fault(index):
+    for fault in recipe.faults:
+        if fault.rank == rank and fault.step == step and run.claim_fault(fault):
             run.log_event("fault_injected", kind=fault.kind, rank=rank, step=step)
-            log.warning("step %d: fault %d kills this rank", step, index)
+            log.warning("step %d: %s of the recipe's faults: this rank ends", step, fault.kind)
             os.kill(os.getpid(), signal.SIGKILL)
 
 

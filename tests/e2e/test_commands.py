@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import socket
 import struct
 import subprocess
 from pathlib import Path
@@ -93,9 +95,73 @@ def test_wrong_arguments_are_refused(arguments: tuple[str, ...], expected: str) 
     assert expected in refused(*arguments)
 
 
+def test_a_port_that_is_taken_is_refused(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for name, content in (
+        ("config.json", b"{}"),
+        ("tokenizer.json", b"{}"),
+        ("model.safetensors", b"\2\0\0\0\0\0\0\0{}"),
+    ):
+        (model / name).write_bytes(content)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        said = refused("serve", str(model), "--port", str(taken.getsockname()[1]))
+    assert "cannot listen on 127.0.0.1:" in said
+
+
+def test_a_damaged_last_checkpoint_is_trained_again(calm: RunDir, tmp_path: Path) -> None:
+    shutil.copytree(calm.uri, tmp_path / "tiny")
+    run = RunDir(str(tmp_path / "tiny"))
+    before, last = committed_steps(run.checkpoints)[-2:]
+    file = next(Path(run.checkpoint(last)).rglob("__0_0.distcp"))
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    done = terrane("run", RECIPE, f"storage={tmp_path}", "faults=[]", "--stage", "train")
+    assert f"checkpoint of step {last} set aside" in done.stderr
+    assert f"from step {before} of {last}" in done.stderr
+    assert committed_steps(run.checkpoints)[-1] == last
+    expected = calm.loss_curve()
+    assert all(line["loss"] == expected[step]["loss"] for step, line in run.loss_curve().items())
+
+
+def test_a_damaged_shard_is_named_and_not_tried_again(calm: RunDir, tmp_path: Path) -> None:
+    storage.download_directory(calm.corpus, tmp_path / "tiny" / "corpus")
+    for file in (tmp_path / "tiny" / "corpus" / "shards").glob("train-*[0-9s].arrow"):
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    done = terrane("run", RECIPE, f"storage={tmp_path}", "faults=[]", "--stage", "train", check=False)
+    assert done.returncode == 1
+    assert "error: attempt 1 ended: shard" in done.stderr
+    assert "is damaged" in done.stderr
+
+
 def test_doctor_finds_this_environment_sound() -> None:
     checks = json.loads(terrane("doctor", "--json").stdout)
     assert all(check["ok"] for check in checks), checks
+
+
+def test_ctrl_c_in_the_corpus_says_how_to_go_on(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [str(BIN / "terrane"), "run", RECIPE, f"storage={tmp_path}"],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+    )
+    try:
+        wait_for(lambda: list(tmp_path.glob("tiny/corpus/work/unit-*.arrow")), "the first unit")
+        interrupt(process)
+        _, said = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, 9)
+    assert process.returncode == 130, said
+    assert "stopped: interrupted; finished work is kept" in said
+    assert "hint: run the same command to go on" in said
 
 
 def test_ctrl_c_commits_and_the_same_command_goes_on(calm: RunDir, tmp_path: Path) -> None:

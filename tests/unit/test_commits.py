@@ -74,3 +74,24 @@ def test_the_last_few_are_kept(anywhere: str) -> None:
     checkpoints.retain(anywhere, keep=2)
     assert checkpoints.committed_steps(anywhere) == [3, 4]
     assert all(name.startswith(("step-00000003", "step-00000004")) for name in storage.list_files(anywhere))
+
+
+def test_a_commit_that_cannot_be_read_is_set_aside(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    commit(root, 5)
+    commit(root, 10)
+    marker = Path(checkpoints.step_directory(root, 10), checkpoints.COMMITTED)
+    marker.write_bytes(marker.read_bytes()[:40])
+    told: list[str] = []
+    found = checkpoints.newest(root, lambda step, what: told.append(what))
+    assert found is not None
+    assert found.step == 5
+    assert "is damaged" in told[0]
+
+
+def test_a_driver_that_fell_behind_cannot_commit(anywhere: str) -> None:
+    late = commit(anywhere, 5, attempt=2)
+    storage.delete(storage.join(checkpoints.step_directory(anywhere, 5), checkpoints.COMMITTED))
+    commit(anywhere, 20)
+    assert not checkpoints._publish(anywhere, late)
+    assert checkpoints.committed_steps(anywhere) == [20]

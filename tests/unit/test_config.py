@@ -135,3 +135,34 @@ def test_a_digest_changes_with_its_sections_only(path: Path) -> None:
 def test_a_recipe_survives_json(path: Path) -> None:
     recipe = load_recipe(path, ["faults=[{kind: kill_rank, rank: 1, step: 2}]"])
     assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.lr=.inf",
+        "train.clip_norm=.inf",
+        "train.betas=[2, 3]",
+        "train.lr=!!int q",
+        "name=2024-13-45",
+        "storage=''",
+    ],
+)
+def test_numbers_that_are_none_are_refused(path: Path, override: str) -> None:
+    assert override.split("=")[0] in refusal(path, override).message
+
+
+@pytest.mark.parametrize("text", ["a: &a [*a]\n", "x: " + "[" * 3000, "name: !!int abc\n"])
+def test_yaml_that_cannot_be_a_value_is_refused(path: Path, text: str) -> None:
+    path.write_text(text)
+    assert str(path) in refusal(path).message
+
+
+def test_input_paths_are_settled_where_the_command_was_given(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(path, ["model.path=sub/m", "tokenizer.path=~/t", "corpus.sources.0.path=${site_packages}"])
+    assert recipe.model.path == str(tmp_path / "sub" / "m")
+    assert recipe.tokenizer.path == str(Path.home() / "t")
+    assert recipe.corpus.sources[0].path == "${site_packages}"

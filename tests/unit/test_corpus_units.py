@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orchestrator.config import Source
-from orchestrator.data import documents, pipeline, shards
+from orchestrator.config import Recipe, Source
+from orchestrator.data import documents, pipeline, shards, steps
 from orchestrator.data import tokenizer as tokenizers
 
 TEXTS = ["alpha beta gamma. " * 20, "ALPHA  beta gamma. " * 20, "short", "delta epsilon zeta. " * 30]
@@ -57,3 +57,24 @@ def test_packed_tokens_are_the_documents_each_with_its_end(unit: pipeline.Unit, 
     expected = [TEXTS[0].strip(), TEXTS[1].strip(), TEXTS[3].strip()]
     assert tokenizer.decode(ids).split("</s>") == [*expected, ""]
     assert "held_out" not in packed.written
+
+
+def sample(characters: list[int], sample_mib: int = 1) -> int:
+    """How many of documents of these sizes the tokenizer is trained on."""
+    values = {"name": "r", "corpus": {"sources": [{"name": "s", "path": "/x"}], "held_out": 1e-9}}
+    recipe = Recipe.model_validate(
+        {**values, "tokenizer": {"sample_mib": sample_mib}, "train": {"steps": 1, "lr": 1.0}}
+    )
+    hashes = np.frombuffer(b"".join(steps.content_hash(str(n)) for n in range(len(characters))), dtype="V16")
+    unit = pipeline.Unit(0, ())
+    sizes = np.array(characters, dtype=np.int64)
+    found = pipeline.Extracted(unit=unit, source="s", read=len(sizes), dropped={}, hashes=hashes, characters=sizes)
+    ((_, mask),) = pipeline._sample(recipe, [found], [np.ones(len(sizes), dtype=bool)])
+    return int(mask.sum())
+
+
+def test_a_huge_document_does_not_cut_the_tokenizer_sample() -> None:
+    assert sample([1000] * 50) == 50
+    assert sample([1000] * 50 + [10 * 2**20]) == 50
+    assert sample([10 * 2**20]) == 1, "better one that is too large than none"
+    assert 900 <= sample([1000] * 5000) <= 1100

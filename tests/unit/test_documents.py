@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 from pathlib import Path
 
 import pytest
@@ -121,3 +122,25 @@ def test_equal_content_has_one_hash() -> None:
 def test_the_held_out_share_is_about_what_was_asked() -> None:
     held = [steps.is_held_out(steps.content_hash(str(n)), 0.1) for n in range(5000)]
     assert 400 < sum(held) < 600
+
+
+def test_one_odd_file_costs_itself_only(tmp_path: Path) -> None:
+    (tmp_path / "good.md").write_text("good")
+    (tmp_path / "dangling.md").symlink_to("/no/such/file")
+    (tmp_path / "loop.md").symlink_to(tmp_path / "loop.md")
+    os.mkfifo(tmp_path / "pipe.md")
+    (tmp_path / "deflate.md.gz").write_bytes(gzip.compress(b"x" * 1000)[:10] + b"\xff" * 40)
+    (tmp_path / "UPPER.MD.GZ").write_bytes(gzip.compress(b"upper"))
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/odd\xff.md")).write_text("odd name")
+    found = read(tmp_path)
+    assert sorted(d.text for d in found if isinstance(d, Document)) == ["good", "odd name", "upper"]
+    assert [str(d) for d in found if isinstance(d, Unreadable)] == ["broken gzip"]
+    for document in found:
+        if isinstance(document, Document):
+            document.id.encode()
+
+
+def test_a_pattern_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("a")
+    with pytest.raises(UserError, match="source s:"):
+        read(tmp_path / "**.md")

@@ -138,6 +138,22 @@ def test_a_model_directory_is_counted_from_its_tensors(tmp_path: Path) -> None:
     assert model_shape(ModelConfig(path=str(folder)), 10, 256).parameters == 13
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", b"{"),
+        ("config.json", b'{"n_layer": 2}'),
+        ("model.safetensors", b""),
+        ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+    ],
+)
+def test_a_model_directory_of_another_kind_is_refused(tmp_path: Path, name: str, content: bytes) -> None:
+    folder = model_directory(tmp_path / "m")
+    (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.path"):
+        model_shape(ModelConfig(path=str(folder)), 10, 8)
+
+
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
 def test_an_unfinished_model_directory_is_refused(tmp_path: Path, missing: str) -> None:
     folder = model_directory(tmp_path / "m")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator import storage
-from orchestrator.config import Recipe
+from orchestrator.config import Fault, Recipe
 from orchestrator.errors import UserError
 from orchestrator.runs import RunDir, find_run, open_run
 
@@ -28,13 +28,23 @@ def test_a_run_is_found_again_by_its_directory(anywhere: str) -> None:
     assert storage.read(run.path("recipe.yaml")) == b"name: r\n"
 
 
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"recipe": {"name": "r"}}'])
+def test_a_damaged_run_is_named(tmp_path: Path, content: bytes) -> None:
+    run = open_run(recipe(str(tmp_path)))
+    storage.write(run.resolved, content)
+    with pytest.raises(UserError, match="damaged"):
+        find_run(run.uri)
+
+
 def test_a_directory_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run at"):
         find_run(str(tmp_path))
 
 
 def test_a_changed_result_is_refused_and_a_changed_way_is_not(tmp_path: Path) -> None:
-    open_run(recipe(str(tmp_path)))
+    run = open_run(recipe(str(tmp_path), lr=9.0))
+    open_run(recipe(str(tmp_path)))  # nothing came of the first one yet
+    run.claim_attempt({})
     open_run(recipe(str(tmp_path), workers=3))
     with pytest.raises(UserError, match=r"train\.lr was 0\.1, is 0\.2"):
         open_run(recipe(str(tmp_path), lr=0.2))
@@ -68,4 +78,5 @@ def test_of_repeated_steps_the_later_attempt_counts(tmp_path: Path) -> None:
 
 def test_an_injected_fault_comes_once(anywhere: str) -> None:
     run = RunDir(storage.join(anywhere, "r"))
-    assert [run.claim_fault(0), run.claim_fault(0), run.claim_fault(1)] == [True, False, True]
+    first, second = (Fault(kind="kill_rank", rank=1, step=step) for step in (5, 6))
+    assert [run.claim_fault(first), run.claim_fault(first), run.claim_fault(second)] == [True, False, True]

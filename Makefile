@@ -1,4 +1,4 @@
-# Python 3.11 or 3.12, a C++ compiler and a package index are all it takes.
+# Python 3.11 or later, a C++ compiler and a package index are all it takes.
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
 

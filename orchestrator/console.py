@@ -65,5 +65,10 @@ class Console:
             self._task = self._bar.add_task(what, total=of)
         self._bar.update(self._task, completed=done)
         if done == of:
+            self.close()
+
+    def close(self) -> None:
+        """Give the terminal back, also in the middle of a bar."""
+        if self._bar is not None:
             self._bar.stop()
             self._bar = None

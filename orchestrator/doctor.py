@@ -32,7 +32,7 @@ def examine(address: str | None = None) -> list[Check]:
 
 
 def _machine() -> Iterator[Check]:
-    yield Check("python", sys.version_info[:2] >= (3, 11), sys.version.split()[0], "use Python 3.11 or 3.12")
+    yield Check("python", sys.version_info[:2] >= (3, 11), sys.version.split()[0], "use Python 3.11 or later")
     for name in PACKAGES:
         yield _package(name)
     compiler = shutil.which("g++") or shutil.which("c++")

@@ -48,6 +48,7 @@ def run_recipe(
     run = open_run(recipe, source)
     log.info("run %s; look inside with: terrane status %s", run.uri, run.uri)
     with ExitStack() as stack:
+        stack.callback(console.close)
         session = _Session(run, recipe, console, stack, address)
         for name in stages:
             done, make = _STAGES[name]

@@ -12,7 +12,7 @@ from typing import Any
 from orchestrator import cluster
 from orchestrator.errors import UserError
 from serve import deploy
-from serve.args import parse_args
+from serve.args import check_model, parse_args
 
 
 def serve_until_interrupted(
@@ -65,7 +65,7 @@ def _check_port(host: str, port: int) -> None:
 
 @contextmanager
 def _service(args: Mapping[str, Any], *, host: str, port: int, address: str | None) -> Iterator[str]:
-    parse_args(args)
+    check_model(parse_args(args))
     _check_port(host, port)
     with cluster.connection(address):
         try:

@@ -99,7 +99,7 @@ def test_a_port_that_is_taken_is_refused(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
     for name, content in (
-        ("config.json", b"{}"),
+        ("config.json", b'{"max_position_embeddings": 64}'),
         ("tokenizer.json", b"{}"),
         ("model.safetensors", b"\2\0\0\0\0\0\0\0{}"),
     ):

@@ -38,27 +38,25 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 def main() -> None:
     """Entry point of the `terrane` command."""
-    raise SystemExit(guarded(lambda: app(standalone_mode=False)))
+    raise SystemExit(guarded(app))
 
 
 def guarded(call: Callable[[], Any]) -> int:
     """Run a command; errors that a user can act on become a message and an exit code, the rest keep their traceback."""
-    import click
-
     try:
-        result = call()
-        if result == Interrupted.exit_code:  # Typer has turned Ctrl-C into a return value
-            raise KeyboardInterrupt
-        return result if isinstance(result, int) else 0
+        try:
+            call()
+        except SystemExit as end:  # Typer: 0 done, 2 for wrong usage, which it has explained, 130 for Ctrl-C
+            if end.code == Interrupted.exit_code:
+                raise KeyboardInterrupt from None
+            return end.code if isinstance(end.code, int) else 1
+        return 0
     except UserError as error:
         if os.environ.get("TERRANE_DEBUG"):
             traceback.print_exc()
         print_error(error)
         return error.exit_code
-    except click.ClickException as error:
-        error.show()
-        return 2
-    except (KeyboardInterrupt, click.Abort):
+    except KeyboardInterrupt:
         print_error(Interrupted("interrupted; finished work is kept", "run the same command to go on"))
         return 130
 
@@ -203,16 +201,22 @@ def report(run: RunPath) -> None:
 def export(
     run: RunPath,
     step: Annotated[int | None, typer.Option(help="of the checkpoint; default: the newest")] = None,
-    out: Annotated[str | None, typer.Option(help="directory or s3:// URI; default: RUN/model")] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(help="directory or s3:// URI; default: RUN/model, or model-step-N"),
+    ] = None,
 ) -> None:
     """A checkpoint as a Hugging Face model directory."""
+    from orchestrator.console import set_up_logging
     from orchestrator.runs import find_run
     from orchestrator.storage import absolute
     from orchestrator.train.export import export_step
 
+    set_up_logging()
     found = find_run(run)
-    target = absolute(out) if out else found.model
-    typer.echo(f"step {export_step(found, step, target)} exported to {target}")
+    last = step is None or step >= found.recipe().train.steps
+    target = absolute(out) if out else found.model if last else found.path(f"model-step-{step:08d}")
+    typer.echo(f"step {export_step(found, step, target)} exported to {_shortest(target)}")
 
 
 @app.command()

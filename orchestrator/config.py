@@ -207,9 +207,22 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     for override in overrides:
         document.apply(override)
     try:
-        return Recipe.model_validate(document.values)
+        recipe = Recipe.model_validate(document.values)
     except ValidationError as error:
         raise _explain(document, error) from None
+    _refuse_idle_keys(document, recipe)
+    return recipe
+
+
+def _refuse_idle_keys(document: _Document, recipe: Recipe) -> None:
+    """What a given model or tokenizer decides must not stand beside it, where it would do nothing."""
+    given = "model.path" if recipe.model.path else "tokenizer.path" if recipe.tokenizer.path else None
+    idle = [("tokenizer", key) for key in ("vocab_size", "sample_mib") if given]
+    idle += [("model", key) for key in ("architecture", "layers", "hidden_size", "heads") if recipe.model.path]
+    for section, key in idle:
+        if key in (document.values.get(section) or {}):
+            place = document.place_of((section, key))
+            raise UserError(f"{place} {section}.{key} does nothing beside {given}", f"delete {section}.{key}")
 
 
 def changed_values(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from typing import Any
@@ -14,6 +15,7 @@ QUIET = ("ray", "botocore", "urllib3", "transformers", "deepspeed", "torch", "ma
 
 def set_up_logging() -> None:
     """Log to standard error, with the time; standard output belongs to results."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.ERROR)

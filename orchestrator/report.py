@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from orchestrator import pages, storage
 from orchestrator.config import flatten
 from orchestrator.goodput import AttemptRow, attempt_rows
-from orchestrator.pages import Block, Facts, Plot, Row, Section, Table, as_text
+from orchestrator.pages import Block, Cell, Facts, Plot, Row, Section, Table, as_text
 from orchestrator.runs import RunDir
 
 Json = dict[str, Any]
@@ -112,16 +112,28 @@ def _recipe(content: Content) -> Section:
     get = content.recipe.get
     facts: Facts = {
         "model": get("model.path") or f"{as_text(get('model.architecture'))}, random weights",
-        "layers × hidden size": f"{as_text(get('model.layers'))} × {as_text(get('model.hidden_size'))}",
+        **_shape(content),
         "parameters": plan.get("parameters"),
         "corpus tokens": flatten(content.manifest).get("splits.train.tokens"),
         **{_words(key): get(f"train.{key}") for key in ("steps", "global_batch_size", "sequence_length")},
         "learning rate": f"{as_text(get('train.lr'))}, {as_text(get('train.schedule'))}",
         "dtype": plan.get("dtype") or get("train.dtype"),
-        "workers": f"{as_text(get('train.workers.min'))} to {as_text(get('train.workers.max'))}",
+        "workers": _range(get("train.workers.min"), get("train.workers.max")),
     }
     versions = ", ".join(f"{name} {version}" for name, version in content.versions.items())
     return "Recipe", [facts, f"Versions: {versions or 'not recorded'}."]
+
+
+def _shape(content: Content) -> Facts:
+    """Of a model made here; a given one says its own."""
+    layers, hidden = (content.recipe.get(f"model.{key}") for key in ("layers", "hidden_size"))
+    if content.recipe.get("model.path"):
+        return {}
+    return {"layers × hidden size": f"{as_text(layers)} × {as_text(hidden)}"}
+
+
+def _range(least: Cell, most: Cell) -> str:
+    return as_text(least) if least == most else f"{as_text(least)} to {as_text(most)}"
 
 
 def _corpus(content: Content) -> Section:

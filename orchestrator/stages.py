@@ -15,7 +15,7 @@ from orchestrator.console import Console
 from orchestrator.data import pipeline
 from orchestrator.data.documents import list_sources
 from orchestrator.data.tokenizer import check_directory
-from orchestrator.errors import RunFailed
+from orchestrator.errors import RunFailed, UserError
 from orchestrator.planning.shape import check_model_directory
 from orchestrator.runs import RunDir, open_run
 from orchestrator.train import checkpoints
@@ -47,6 +47,8 @@ def run_recipe(
     check_inputs(recipe)
     run = open_run(recipe, source)
     log.info("run %s; look inside with: terrane status %s", run.uri, run.uri)
+    for fault in recipe.faults:
+        log.info("this recipe injects a failure on purpose: %s, rank %d at step %d", fault.kind, fault.rank, fault.step)
     with ExitStack() as stack:
         stack.callback(console.close)
         session = _Session(run, recipe, console, stack, address)
@@ -88,6 +90,7 @@ class _Session:
     def connect(self) -> None:
         """Connect to Ray, and make sure at once that the cluster can hold the plan."""
         if not self._connected:
+            log.info("ray: %s", f"connecting to {self._address}" if self._address else "starting on this machine")
             self._stack.enter_context(cluster.connection(self._address))
             self._connected = True
             supervisor.make_plan(self.run, self.recipe)
@@ -268,5 +271,9 @@ _STAGES: dict[str, tuple[Callable[[_Session], bool], Callable[[_Session], None]]
 def _timed(run: RunDir, stage: str) -> Iterator[None]:
     run.log_event("stage_started", stage=stage)
     before = time.time()
-    yield
+    try:
+        yield
+    except UserError as error:
+        run.log_event("stage_failed", stage=stage, message=error.message)
+        raise
     run.log_event("stage_finished", stage=stage, seconds=round(time.time() - before, 2))

@@ -17,12 +17,14 @@ def summarize(run: RunDir) -> dict[str, Any]:
     events, lines = run.events(), run.metric_lines()
     recipe = run.recipe()
     last = max(lines, key=lambda line: line["time"]) if lines else None
-    started = {event["stage"] for event in events if event["event"] == "stage_started"}
-    finished = {event["stage"] for event in events if event["event"] == "stage_finished"}
+    words = {"stage_started": "begun", "stage_finished": "done", "stage_failed": "failed"}
+    stages = {event["stage"]: words[event["event"]] for event in events if event["event"] in words}
+    failures = [event["message"] for event in events if event["event"] == "stage_failed"]
     evaluations = [name for name in storage.list_files(run.path("evaluation")) if name.endswith(".json")]
     return {
         "run": run.uri,
-        "stages": {name: "done" if name in finished else "begun" for name in sorted(started)},
+        "stages": stages,
+        "failure": failures[-1] if failures and "failed" in stages.values() else None,
         "step": last["step"] if last else 0,
         "steps": recipe.train.steps,
         "loss": last["loss"] if last else None,
@@ -48,6 +50,8 @@ def describe(summary: dict[str, Any]) -> str:
     out = [summary["run"]]
     stages = ", ".join(f"{name} {state}" for name, state in summary["stages"].items())
     out.append(f"  stages       {stages or 'none begun'}")
+    if summary["failure"]:
+        out.append(f"  failed       {summary['failure']}")
     if summary["step"]:
         speed = f"loss {summary['loss']:.4f}, {summary['tokens_per_second']:.0f} tokens/s"
         out.append(f"  step         {summary['step']} of {summary['steps']}, {speed}")

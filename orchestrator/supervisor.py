@@ -111,6 +111,7 @@ def _announce(run: RunDir, recipe: Recipe, attempt: int, chosen: Plan, resume: C
     run.log_event("planned", attempt=attempt, plan=_as_json(chosen), reason=chosen.reason)
     run.log_event("attempt_started", attempt=attempt, workers=chosen.workers, resume_step=step)
     log.info("attempt %d: %s (%s), from step %d of %d", attempt, chosen, chosen.reason, step, recipe.train.steps)
+    log.info("attempt %d: starting %d workers", attempt, chosen.workers)
 
 
 def _attempt(

@@ -63,7 +63,8 @@ def list_source(source: Source) -> list[SourceFile]:
     if not wanted:
         patterns = ", ".join(source.include) or ", ".join(f"*{suffix}" for suffix in READERS)
         raise UserError(
-            f"source {source.name}: no file under {path} matches {patterns}", "see corpus.sources[].include"
+            f"source {source.name}: no file under {path} matches {patterns}",
+            "drop `include`, or give patterns that match",
         )
     files = [SourceFile(source.name, uri := storage.join(root, name), name, storage.size(uri)) for name in wanted]
     if not any(file.bytes for file in files):

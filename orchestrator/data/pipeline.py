@@ -91,7 +91,7 @@ def build_corpus(recipe: Recipe, corpus: str, progress: Callable[[str, int, int]
         raise UserError(
             f"the corpus is empty: none of {sum(e.read for e in extracted)} documents was kept "
             f"({_reasons(extracted, kept)})",
-            "check corpus.sources and corpus.min_characters",
+            "check corpus.sources (JSONL records need a string field `text`) and corpus.min_characters",
         )
     tokenizer_uri = _tokenizer(recipe, corpus, extracted, kept, progress)
     packed = _pack(recipe, corpus, tokenizer_uri, extracted, kept, progress)

@@ -73,7 +73,7 @@ def plan(recipe: Recipe, shape: ModelShape, pools: list[NodePool]) -> Plan:
         raise _no_plan(recipe.train, pools, rejected)
     ranked = sorted(fitting, key=lambda p: (p.step_time_s, -p.micro_batch_size))
     best = ranked[0]
-    slower = [f"{_name(p)}: {p.step_time_s:.2f} s a step against {best.step_time_s:.2f}" for p in ranked[1:]]
+    slower = [f"{_name(p)}: {p.step_time_s:.3g} s a step against {best.step_time_s:.3g}" for p in ranked[1:]]
     refused = [f"{r.layout}: {r.why}" for r in rejected]
     reason = f"fastest of {len(ranked)} layouts that fit, of {len(ranked) + len(rejected)}"
     return replace(best, reason=reason, losers=(*slower[:MAX_LOSERS], *refused[:MAX_LOSERS]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -200,6 +201,7 @@ def load(checkpoints: str, commit: Commit, fragments: list[Any]) -> None:
     uri = storage.join(step_directory(checkpoints, commit.step), commit.folder)
     with storage.local_directory(uri) as local:
         try:
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # an export is one process
             dcp.load({}, storage_reader=dcp.FileSystemReader(local), planner=FragmentLoadPlanner(fragments))
         except dcp.CheckpointException as error:
             raise RunFailed(f"checkpoint of step {commit.step} does not fit the model: {error}") from error

@@ -52,6 +52,9 @@ def export_step(run: RunDir, step: int | None, target: str) -> int:
     from orchestrator.train import checkpoints
 
     storage.check_writable(target)
+    there = storage.list_files(target)
+    if there and "config.json" not in there:
+        raise UserError(f"{target} holds other files ({there[0]}, ...)", "give a new directory, or one of a model")
     manifest = load_manifest(run.corpus)
     known = checkpoints.committed_steps(run.checkpoints)
     if manifest is None or not known:

@@ -59,7 +59,7 @@ def test_a_model_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> Non
     (model / "config.json").write_text(json.dumps(shape))
     header = b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'
     (model / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 4)
-    said = refused("run", RECIPE, f"storage={tmp_path}/runs", f"model.path={model}")
+    said = refused("run", RECIPE, f"storage={tmp_path}/runs", f"model={{path: {model}}}", "tokenizer={}")
     assert "has no tokenizer" in said
 
 
@@ -137,6 +137,23 @@ def test_a_damaged_shard_is_named_and_not_tried_again(calm: RunDir, tmp_path: Pa
     assert done.returncode == 1
     assert "error: attempt 1 ended: shard" in done.stderr
     assert "is damaged" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("bogus",),
+        ("plan",),
+        ("plan", RECIPE, "--adress", "auto"),
+        ("export", "runs/x", "--step", "abc"),
+        ("run", "--stage"),
+    ],
+)
+def test_wrong_usage_is_explained_without_a_traceback(arguments: tuple[str, ...]) -> None:
+    done = terrane(*arguments, check=False)
+    assert done.returncode == 2
+    assert "Usage:" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_doctor_finds_this_environment_sound() -> None:

@@ -166,3 +166,10 @@ def test_input_paths_are_settled_where_the_command_was_given(
     assert recipe.model.path == str(tmp_path / "sub" / "m")
     assert recipe.tokenizer.path == str(Path.home() / "t")
     assert recipe.corpus.sources[0].path == "${site_packages}"
+
+
+@pytest.mark.parametrize("key", ["model.layers=4", "model.heads=2", "tokenizer.vocab_size=500"])
+def test_what_a_given_model_decides_must_not_stand_beside_it(path: Path, key: str) -> None:
+    error = refusal(path, "model.path=/m", key)
+    assert f"{key.split('=')[0]} does nothing beside model.path" in error.message
+    load_recipe(path, [key])

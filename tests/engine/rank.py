@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 
 from orchestrator import accelerators
 
@@ -87,7 +89,10 @@ def main() -> None:
                 break
     if rank == 0:
         print("LOSSES", json.dumps(losses), flush=True)
-    dist.destroy_process_group()
+    # Together, and without the interpreter's teardown: gloo's threads may outlive their owners there and abort a rank.
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

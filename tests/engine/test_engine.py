@@ -25,7 +25,7 @@ def torchrun(ranks: int, *arguments: object) -> dict[int, Any]:
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     line = next(line for line in done.stdout.splitlines() if line.startswith("LOSSES"))
     return {int(step): value for step, value in json.loads(line.removeprefix("LOSSES")).items()}
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +17,13 @@ settings.load_profile("terrane")
 
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_shard_cache_left() -> Iterator[None]:
+    """Shards read from S3 are cached on the node; the tests leave none behind."""
+    yield
+    shutil.rmtree(Path(tempfile.gettempdir(), "terrane-shards"), ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

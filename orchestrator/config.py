@@ -40,16 +40,64 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
+SourceFormat = Literal[
+    "auto",
+    "jsonl",
+    "parquet",
+    "text",
+    "markdown",
+    "html",
+    "latex",
+    "jats",
+    "tei",
+    "s2orc",
+    "pdf",
+    "code",
+    "docstrings",
+    "metadata",
+]
+
+
 class Source(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     path: InputPath
     """File, directory or glob, on a local path or s3://. `${site_packages}` stands for the running Python's."""
     include: tuple[str, ...] = ()
     """File name patterns to take from a directory; empty takes every format that Terrane reads."""
+    format: SourceFormat = "auto"
+    """auto goes by each file's name, then by its content. `docstrings` takes the documentation out of Python sources."""
+    select: Literal["all", "abstract_introduction_conclusion"] = "all"
+    """What of a paper is kept: everything, or what AstroLLaMA was trained on."""
+    text_field: str = Field(default="text", min_length=1)
+    """Of JSON Lines and Parquet: the field that holds the text, as Markdown or plain."""
+
+
+class MixtureStage(Section):
+    weights: dict[str, Annotated[float, Field(ge=0)]] = Field(min_length=1)
+    """Share of every batch by source; they are scaled to add up to 1. A source that is not named gets none."""
+    tokens: int | None = Field(default=None, ge=1)
+    """How long the stage lasts. None, for the last one: to the end."""
+
+    @model_validator(mode="after")
+    def something_is_drawn(self) -> Self:
+        total = sum(self.weights.values())
+        if not total:
+            raise ValueError("every weight is 0")
+        if small := [name for name, weight in self.weights.items() if 0 < weight < total / 1e4]:
+            raise ValueError(f"the weight of {small[0]} is below 1/10000 of the batch")
+        return self
 
 
 class CorpusConfig(Section):
     sources: tuple[Source, ...] = Field(min_length=1)
+    mixture: tuple[MixtureStage, ...] = ()
+    """Stages of training and their shares by source; without it every document is drawn once an epoch."""
+    near_duplicates: Annotated[float, Field(ge=0.3, le=1)] | None = 0.8
+    """Of documents whose word 5-grams have this Jaccard similarity or more, the first stays; null keeps them all."""
+    duplicate_spans: bool = False
+    """Cut passages of 100 bytes or more that an earlier document holds too (Galactica, 2022)."""
+    decontaminate: InputPath | None = None
+    """Directory of evaluation sets. A document that shares a run of 13 words with one of them is dropped."""
     held_out: float = Field(default=0.01, gt=0, lt=0.5)
     """Share of the documents kept out of training for evaluation."""
     min_characters: int = Field(default=200, ge=1)
@@ -60,6 +108,13 @@ class CorpusConfig(Section):
         names = [source.name for source in self.sources]
         if len(set(names)) != len(names):
             raise ValueError(f"two sources share a name: {', '.join(names)}")
+        for stage in self.mixture:
+            if unknown := sorted(set(stage.weights) - set(names)):
+                raise ValueError(f"mixture names {unknown[0]}, which is no source (sources: {', '.join(names)})")
+        if any(stage.tokens is None for stage in self.mixture[:-1]):
+            raise ValueError("only the last stage of a mixture may leave out its tokens")
+        if self.mixture and self.mixture[-1].tokens is not None:
+            raise ValueError("the last stage of a mixture lasts to the end: leave out its tokens")
         return self
 
 

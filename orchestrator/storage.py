@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import json
 import os
 import shutil
@@ -15,7 +16,9 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 from orchestrator.errors import StorageError
@@ -129,6 +132,124 @@ def size(uri: str) -> int:
     with _missing_as_file_not_found(uri):
         bucket, key = _split(uri)
         return int(_s3().head_object(Bucket=bucket, Key=key)["ContentLength"])
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A stored file as a listing shows it."""
+
+    name: str
+    bytes: int
+    version: str
+    """Changes when the content does: the ETag on S3, the time of modification locally."""
+
+
+def list_entries(uri: str) -> list[Entry]:
+    """Every file below a directory, sorted by name; or the file at uri itself, under its own name."""
+    if not is_s3(uri):
+        root = Path(uri)
+        names = [""] if root.is_file() else list_files(uri)
+        return [entry for name in names if (entry := _local_entry(root, name))]
+    bucket, prefix = _split(uri.rstrip("/"))
+    pages = _s3().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+    found = [item for page in pages for item in page.get("Contents", [])]
+    below = prefix + "/" if prefix else ""
+    entries = {item["Key"]: (int(item["Size"]), item["ETag"].strip('"')) for item in found}
+    if prefix in entries:
+        return [Entry(prefix.rpartition("/")[2], *entries[prefix])]
+    return sorted(
+        (Entry(key[len(below) :], *facts) for key, facts in entries.items() if key.startswith(below) and key != below),
+        key=lambda entry: entry.name,
+    )
+
+
+def _local_entry(root: Path, name: str) -> Entry | None:
+    """None for what cannot be read as a file: a dangling link, a pipe."""
+    path = root / name if name else root
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return Entry(name or path.name, stat.st_size, str(stat.st_mtime_ns)) if S_ISREG(stat.st_mode) else None
+
+
+@contextlib.contextmanager
+def reading(uri: str) -> Iterator[io.BufferedReader]:
+    """A seekable stream of the bytes at uri that holds a few MiB at a time.
+
+    Raises:
+        FileNotFoundError: nothing is stored there.
+        OSError: a block could not be read, tried twice.
+    """
+    if is_s3(uri):
+        with io.BufferedReader(_S3Blocks(uri), _BLOCK) as stream:
+            yield stream
+    else:
+        with Path(uri).open("rb") as stream:
+            yield stream
+
+
+_BLOCK = 8 * 2**20
+
+
+class _S3Blocks(io.RawIOBase):
+    """An S3 object as a raw stream: each read is one ranged request, made twice before it fails."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__()
+        self._uri = uri
+        self._position = 0
+        with _missing_as_file_not_found(uri):
+            bucket, key = _split(uri)
+            self._size = int(_s3().head_object(Bucket=bucket, Key=key)["ContentLength"])
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), self._size - self._position)
+        if wanted <= 0:
+            return 0
+        try:
+            data = self._get(wanted)
+        except Exception:  # boto3 has retried what it knows; a body that breaks off is ours to ask for again
+            try:
+                data = self._get(wanted)
+            except Exception as error:
+                raise OSError(f"{self._uri}: {error}") from None
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def _get(self, wanted: int) -> bytes:
+        bucket, key = _split(self._uri)
+        span = f"bytes={self._position}-{self._position + wanted - 1}"
+        return bytes(_s3().get_object(Bucket=bucket, Key=key, Range=span)["Body"].read())
+
+
+@contextlib.contextmanager
+def writing(uri: str) -> Iterator[Path]:
+    """A local path to write a file of any size to; it is published at uri when the block ends without an error."""
+    if is_s3(uri):
+        with tempfile.TemporaryDirectory(prefix="terrane-") as folder:
+            path = Path(folder, "file")
+            yield path
+            upload(path, uri)
+        return
+    with _published(Path(uri)) as temporary:
+        yield temporary
+        temporary.replace(uri)
 
 
 def upload(local: Path, uri: str) -> None:

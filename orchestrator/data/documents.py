@@ -1,180 +1,227 @@
-"""Readers: a file of a source -> its documents. A file that cannot be read costs itself, never the job."""
+"""The documents of a file, whatever its format and compression. What cannot be read costs itself, never the job."""
 
 from __future__ import annotations
 
-import ast
-import fnmatch
-import gzip
-import json
-import warnings
-import zlib
+import importlib
+import io
+import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import IO
 
 from orchestrator import storage
-from orchestrator.config import CorpusConfig, Source, expand_path
-from orchestrator.errors import UserError
+from orchestrator.config import Source
+from orchestrator.data import compression, records
+from orchestrator.data.readers import Unreadable, code, markup, plain
+
+MAX_DOCUMENT_BYTES = 64 * 2**20
+"""Of one document, decompressed. A larger one is dropped as too large, before it is held in memory."""
 
 
 @dataclass(frozen=True)
 class Document:
     id: str
-    """`source/file` or `source/file#record`, stable while the source's files keep their names."""
+    """`source/file`, or `source/file#place` in a file of many; stable while the source's files keep their names."""
     text: str
 
 
 @dataclass(frozen=True)
-class SourceFile:
-    source: str
-    uri: str
-    name: str
-    """Relative to the source's path."""
-    bytes: int
+class Dropped:
+    """A document that is not part of the corpus, and why."""
+
+    id: str
+    reason: str
+    text: str = ""
 
 
-class Unreadable(Exception):
-    """A file or record yields no document; the message is the drop reason, a word or two."""
+Found = Iterator[Document | Dropped]
 
 
-def list_source(source: Source) -> list[SourceFile]:
-    """The files of a source that Terrane reads, sorted by name.
+def read_documents(uri: str, name: str, source: Source, start: int = 0, end: int | None = None) -> Found:
+    """Every document of a file, or of the records that begin between two bytes of it.
 
-    Raises:
-        UserError: the path does not exist or holds no such file.
+    Args:
+        name: of the file, relative to the source.
     """
-    path = expand_path(source.path)
-    root = path.split("*", 1)[0].rpartition("/")[0] if "*" in path else path
-    if storage.is_s3(path):
-        names = storage.list_files(root)
-        if not names and storage.exists(path):
-            root, _, name = path.rpartition("/")
-            names = [name]
-    elif "*" in path:
-        names = _glob(source, root, path[len(root) :].lstrip("/"))
-    elif Path(path).is_file():
-        root, names = str(Path(path).parent), [Path(path).name]
-    elif Path(path).is_dir():
-        # Only what can be read as a file: no dangling links, no pipes.
-        names = [name for name in storage.list_files(path) if Path(path, name).is_file()]
-    else:
-        raise UserError(f"source {source.name}: nothing at {path}", "check corpus.sources[].path")
-    wanted = sorted(name for name in names if _is_wanted(name, source, path, root))
-    if not wanted:
-        patterns = ", ".join(source.include) or ", ".join(f"*{suffix}" for suffix in READERS)
-        raise UserError(
-            f"source {source.name}: no file under {path} matches {patterns}",
-            "drop `include`, or give patterns that match",
-        )
-    files = [SourceFile(source.name, uri := storage.join(root, name), name, storage.size(uri)) for name in wanted]
-    if not any(file.bytes for file in files):
-        raise UserError(f"source {source.name}: all {len(files)} files under {path} are empty")
-    return files
-
-
-def _glob(source: Source, root: str, pattern: str) -> list[str]:
+    identity = f"{source.name}/{name}".encode("utf-8", "replace").decode()
     try:
-        return [str(path.relative_to(root)) for path in Path(root).glob(pattern) if path.is_file()]
-    except (ValueError, OSError) as error:
-        raise UserError(f"source {source.name}: {source.path}: {error}", "** stands alone between slashes") from None
-
-
-def list_sources(corpus: CorpusConfig) -> list[SourceFile]:
-    return [file for source in corpus.sources for file in list_source(source)]
-
-
-def read_documents(file: SourceFile) -> Iterator[Document | Unreadable]:
-    """Every document of a file; what cannot be read comes as an Unreadable in its place."""
-    try:
-        data = storage.read(file.uri)
-        name = file.name
-        if name.lower().endswith(".gz"):
-            data, name = gzip.decompress(data), name[: -len(".gz")]
-        reader = _reader(name)
-        identity = f"{file.source}/{file.name}".encode("utf-8", "replace").decode()
-        yield from reader(identity, data)
+        with storage.reading(uri) as stream:
+            yield from _read(identity, name, stream, source, start, end)
     except Unreadable as reason:
-        yield reason
-    except (OSError, EOFError, zlib.error) as error:
-        yield Unreadable("broken gzip" if file.name.endswith(".gz") else f"unreadable: {type(error).__name__}")
+        yield Dropped(identity, str(reason))
+    except compression.BROKEN:
+        yield Dropped(identity, "broken compression")
+    except OSError:
+        yield Dropped(identity, "storage failed")
+    except Exception as error:  # a reader met what it was not made for: the file is lost, the job goes on
+        yield Dropped(identity, f"reader failed: {type(error).__name__}")
 
 
-def _read_text(identity: str, data: bytes) -> Iterator[Document]:
-    yield Document(identity, _decode(data))
+def is_known(name: str) -> bool:
+    """Whether the name says a format that Terrane reads; a compressed file may hold one."""
+    inner = compression.inner_name(name)
+    return inner != name or _format(name) is not None
 
 
-def _read_metadata(identity: str, data: bytes) -> Iterator[Document]:
-    """The long description of an installed Python distribution: its README, after the headers."""
-    _, _, description = _decode(data).replace("\r\n", "\n").partition("\n\n")
-    yield Document(identity, description)
+def _read(identity: str, name: str, raw: IO[bytes], source: Source, start: int = 0, end: int | None = None) -> Found:
+    stream, inner = compression.decompressed(name, raw), compression.inner_name(name)
+    format_ = source.format if source.format != "auto" else _format(inner)
+    if format_ == "jsonl":
+        yield from _read_lines(identity, stream, source, start, end)
+    elif format_ == "parquet":
+        seekable = stream if inner == name else io.BytesIO(_bounded(stream))
+        yield from _read_rows(identity, seekable, source, start, end)
+    else:
+        data = _bounded(stream)
+        if _is_tar(data):
+            yield from _read_tar(identity, data, source)
+        else:
+            read = _FORMATS[format_ if format_ in _FORMATS else _sniff(data, source)]
+            yield Document(identity, _selected(read(data, inner), source))
 
 
-def _read_jsonl(identity: str, data: bytes) -> Iterator[Document | Unreadable]:
-    for number, line in enumerate(data.split(b"\n")):
-        if not line.strip():
-            continue
+def _bounded(stream: IO[bytes]) -> bytes:
+    data = stream.read(MAX_DOCUMENT_BYTES + 1)
+    if len(data) > MAX_DOCUMENT_BYTES:
+        raise Unreadable("too large")
+    return data
+
+
+def _selected(text: str, source: Source) -> str:
+    return markup.abstract_introduction_conclusion(text) if source.select != "all" else text
+
+
+# --- files of many documents ------------------------------------------------------------------------------------------
+
+
+def _read_lines(identity: str, stream: IO[bytes], source: Source, start: int, end: int | None) -> Found:
+    for offset, line in records.json_lines(stream, start, end):
+        place = f"{identity}#{offset}"
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            yield Unreadable("broken json")
-            continue
-        text = record.get("text") if isinstance(record, dict) else None
-        yield Document(f"{identity}#{number}", text) if isinstance(text, str) else Unreadable("no text")
+            if line is None:
+                raise Unreadable("too large")
+            record = records.parse(line)
+        except Unreadable as reason:
+            yield Dropped(place, str(reason))
+        else:
+            yield _record(place, record, source)
 
 
-def _read_docstrings(identity: str, data: bytes) -> Iterator[Document]:
-    """The documentation in a Python source: its docstrings, under headings that name what they describe."""
+def _read_rows(identity: str, stream: IO[bytes], source: Source, start: int, end: int | None) -> Found:
+    for row, record in records.parquet_rows(stream, source, start, end):
+        yield _record(f"{identity}#{row}", record, source)
+
+
+def _record(place: str, record: object, source: Source) -> Document | Dropped:
     try:
-        with warnings.catch_warnings(action="ignore"):
-            tree = ast.parse(_decode(data))
-        sections = list(_docstrings(tree, ""))
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise Unreadable("broken python") from None
-    if not sections:
-        raise Unreadable("no docstring")
-    title = identity.split("/", 1)[1].removesuffix(".py").replace("/", ".")
-    yield Document(identity, f"# {title}\n\n" + "\n\n".join(sections))
+        return Document(place, _selected(records.text_of(record, source), source))
+    except Unreadable as reason:
+        return Dropped(place, str(reason))
 
 
-def _docstrings(node: ast.AST, qualified: str) -> Iterator[str]:
-    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-        text = ast.get_docstring(node)
-        if text:
-            yield f"## {qualified}\n\n{text}" if qualified else text
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            yield from _docstrings(child, f"{qualified}.{child.name}" if qualified else child.name)
-        elif isinstance(child, (ast.If, ast.Try)):
-            yield from _docstrings(child, qualified)
-
-
-def _decode(data: bytes) -> str:
+def _read_tar(identity: str, data: bytes, source: Source) -> Found:
+    """An archive with LaTeX in it is one submission; of any other each member is a file of its own."""
     try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise Unreadable("not utf-8") from None
+        with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+            members = [member for member in archive if member.isfile()]
+            if source.format == "latex" or any(member.name.lower().endswith(".tex") for member in members):
+                text = _reader("latex", "read_archive")(data, identity)
+                yield Document(identity, _selected(text, source))
+                return
+            for member in members:
+                if is_known(member.name) or source.format != "auto":
+                    yield from _read_member(f"{identity}#{member.name}", member, archive, source)
+    except tarfile.TarError:
+        yield Dropped(identity, "broken tar")
 
 
-READERS: dict[str, Callable[[str, bytes], Iterator[Document | Unreadable]]] = {
-    ".jsonl": _read_jsonl,
-    ".txt": _read_text,
-    ".md": _read_text,
-    ".rst": _read_text,
-    ".py": _read_docstrings,
-    "METADATA": _read_metadata,
+def _read_member(identity: str, member: tarfile.TarInfo, archive: tarfile.TarFile, source: Source) -> Found:
+    stream = archive.extractfile(member)
+    assert stream is not None, "only files are asked for"
+    try:
+        yield from _read(identity, member.name, stream, source)
+    except Unreadable as reason:
+        yield Dropped(identity, str(reason))
+
+
+def _is_tar(data: bytes) -> bool:
+    return data[257:262] == b"ustar"
+
+
+# --- formats ----------------------------------------------------------------------------------------------------------
+
+
+def _reader(module: str, function: str = "read") -> Callable[[bytes, str], str]:
+    """A reader that is imported when it is first used: most need a library that takes its time."""
+
+    def read(data: bytes, name: str) -> str:
+        return str(getattr(importlib.import_module(f"orchestrator.data.readers.{module}"), function)(data))
+
+    return read
+
+
+def _record_file(data: bytes, name: str) -> str:
+    return records.text_of(records.parse(data), Source(name="json", path="/"))
+
+
+_FORMATS: dict[str, Callable[[bytes, str], str]] = {
+    "text": plain.text,
+    "markdown": plain.text,
+    "metadata": plain.metadata,
+    "docstrings": plain.docstrings,
+    "code": code.read,
+    "html": _reader("html"),
+    "latex": _reader("latex"),
+    "jats": _reader("jats"),
+    "tei": _reader("tei"),
+    "s2orc": _record_file,
+    "pdf": _reader("pdf"),
 }
 
+_SUFFIXES = dict.fromkeys(code.SUFFIXES, "code") | {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".tar": "tar",
+    ".txt": "text",
+    ".text": "text",
+    ".rst": "text",
+    ".md": "markdown",
+    ".markdown": "markdown",
+    ".html": "html",
+    ".htm": "html",
+    ".xhtml": "html",
+    ".tex": "latex",
+    ".nxml": "jats",
+    ".xml": "xml",
+    ".json": "s2orc",
+    ".pdf": "pdf",
+    "metadata": "metadata",
+}
 
-def _reader(name: str) -> Callable[[str, bytes], Iterator[Document | Unreadable]]:
-    for suffix, reader in READERS.items():
-        if name.lower().endswith(suffix.lower()):
-            return reader
-    return _read_text
+SPLITTABLE = (".jsonl", ".ndjson", ".parquet")
+"""Uncompressed files of many records, which can be read from any byte on."""
 
 
-def _is_wanted(name: str, source: Source, path: str, root: str) -> bool:
-    if storage.is_s3(path) and "*" in path and not fnmatch.fnmatch(storage.join(root, name), path):
-        return False
-    if source.include:
-        return any(fnmatch.fnmatch(name, pattern) for pattern in source.include)
-    return any(name.lower().removesuffix(".gz").endswith(suffix.lower()) for suffix in READERS) or "*" in path
+def _format(name: str) -> str | None:
+    """The format that a name says, by its longest suffix that is known."""
+    lower = name.lower()
+    return _SUFFIXES[max(found, key=len)] if (found := [s for s in _SUFFIXES if lower.endswith(s)]) else None
+
+
+def _sniff(data: bytes, source: Source) -> str:
+    """The format that the content shows, where the name says none or only that it is XML."""
+    head = data[: 2**16].lstrip()
+    if head.startswith(b"%PDF-"):
+        return "pdf"
+    if b"<TEI" in head:
+        return "tei"
+    if b"<article" in head and not head.lower().startswith(b"<!doctype html"):
+        return "jats"
+    if head[:200].lower().startswith((b"<!doctype html", b"<html")):
+        return "html"
+    if b"\\documentclass" in head or b"\\begin{document}" in head or b"\\section" in head:
+        return "latex"
+    if head.startswith(b"<?xml"):
+        raise Unreadable("unknown xml")
+    return "text"

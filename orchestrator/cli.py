@@ -189,6 +189,32 @@ def stop(run: RunPath) -> None:
 
 
 @app.command()
+def corpus(
+    place: Annotated[str, typer.Argument(metavar="RUN_OR_DIR", help="a run, or a corpus directory")],
+    trace: Annotated[int | None, typer.Option(help="name the documents of a run's step, or of a corpus's sample")] = None,
+    dropped: Annotated[str | None, typer.Option(help="list documents that were dropped for this reason, or all")] = None,
+    limit: Annotated[int, typer.Option(help="of the documents listed")] = 100,
+    as_json: AsJson = False,
+) -> None:
+    """What a corpus holds: documents, tokens, what was dropped and why, lengths, duplicates."""
+    from orchestrator import corpora
+
+    found = corpora.find_corpus(place)
+    if trace is not None:
+        passages = corpora.trace(found, trace)
+        lines = [f"{p.sample:>10}  {p.first:>6} - {p.last:<6}  {p.document}" for p in passages]
+        rows: Any = [vars(p) for p in passages]
+    elif dropped is not None:
+        documents = corpora.dropped(found, dropped, limit)
+        lines = [f"{d.reason:24}  {d.id}" for d in documents]
+        rows = [vars(d) for d in documents]
+    else:
+        rows = corpora.summarize(found)
+        lines = [] if as_json else [corpora.describe(rows)]
+    typer.echo(json.dumps(rows, indent=2) if as_json else "\n".join(lines))
+
+
+@app.command()
 def report(run: RunPath) -> None:
     """Write report.html and report.md from what the run has so far."""
     from orchestrator.report import write_report

@@ -13,7 +13,8 @@ from orchestrator.accelerators import ACCELERATORS
 from orchestrator.config import Recipe
 from orchestrator.console import Console
 from orchestrator.data import pipeline
-from orchestrator.data.documents import list_sources
+from orchestrator.data.manifest import Manifest, load_manifest
+from orchestrator.data.sources import SourceFile, list_sources
 from orchestrator.data.tokenizer import check_directory
 from orchestrator.errors import RunFailed, UserError
 from orchestrator.planning.shape import check_model_directory
@@ -44,14 +45,14 @@ def run_recipe(
         RunFailed: a stage ended without its result.
     """
     console = console or Console()
-    check_inputs(recipe)
+    files = check_inputs(recipe)
     run = open_run(recipe, source)
     log.info("run %s; look inside with: terrane status %s", run.uri, run.uri)
     for fault in recipe.faults:
         log.info("this recipe injects a failure on purpose: %s, rank %d at step %d", fault.kind, fault.rank, fault.step)
     with ExitStack() as stack:
         stack.callback(console.close)
-        session = _Session(run, recipe, console, stack, address)
+        session = _Session(run, recipe, files, console, stack, address)
         for name in stages:
             done, make = _STAGES[name]
             if done(session):
@@ -62,26 +63,36 @@ def run_recipe(
     return run
 
 
-def check_inputs(recipe: Recipe) -> None:
-    """Everything about a recipe's inputs that can be known without a device.
+def check_inputs(recipe: Recipe) -> list[SourceFile]:
+    """Everything about a recipe's inputs that can be known without a device. Returns the files of its sources.
 
     Raises:
         UserError: names the first thing that is wrong.
     """
-    list_sources(recipe.corpus)
+    files = list_sources(recipe.corpus)
     if recipe.model.path:
         check_model_directory(recipe.model.path)
     given = recipe.tokenizer.path or recipe.model.path
     if given:
         check_directory(given)
+    return files
 
 
 class _Session:
     """What the stages of one command share: the run, and a Ray cluster from the first stage on that needs one."""
 
-    def __init__(self, run: RunDir, recipe: Recipe, console: Console, stack: ExitStack, address: str | None) -> None:
+    def __init__(
+        self,
+        run: RunDir,
+        recipe: Recipe,
+        files: list[SourceFile],
+        console: Console,
+        stack: ExitStack,
+        address: str | None,
+    ) -> None:
         self.run = run
         self.recipe = recipe
+        self.files = files
         self.console = console
         self._stack = stack
         self._address = address
@@ -95,8 +106,8 @@ class _Session:
             self._connected = True
             supervisor.make_plan(self.run, self.recipe)
 
-    def manifest(self) -> pipeline.Manifest:
-        manifest = pipeline.load_manifest(self.run.corpus)
+    def manifest(self) -> Manifest:
+        manifest = load_manifest(self.run.corpus)
         if manifest is None:
             raise RunFailed(f"{self.run.uri} has no corpus yet", "run the corpus stage first")
         return manifest
@@ -119,13 +130,22 @@ class _Session:
 
 
 def _corpus_done(session: _Session) -> bool:
-    manifest = pipeline.load_manifest(session.run.corpus)
-    return manifest is not None and manifest.inputs == pipeline.corpus_inputs(session.recipe)
+    manifest = load_manifest(session.run.corpus)
+    if manifest is None or manifest.inputs != pipeline.corpus_inputs(session.recipe):
+        return False
+    if manifest.files == pipeline.listing_digest(session.files):
+        return True
+    if session.run.attempts():
+        log.info("corpus: the files of the sources have changed, but this run trains on what they were at its start")
+        return True
+    return False
 
 
 def _make_corpus(session: _Session) -> None:
     session.connect()
-    manifest = pipeline.build_corpus(session.recipe, session.run.corpus, session.console.progress)
+    manifest = pipeline.build_corpus(
+        session.recipe, session.run.corpus, session.files, session.console.progress
+    )
     documents, train = manifest.documents, manifest.splits["train"]
     dropped = ", ".join(f"{count} {reason}" for reason, count in documents["dropped"].items())
     log.info(

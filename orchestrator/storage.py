@@ -57,6 +57,20 @@ def read(uri: str) -> bytes:
         return bytes(_s3().get_object(Bucket=bucket, Key=key)["Body"].read())
 
 
+def read_range(uri: str, start: int, length: int) -> bytes:
+    """`length` bytes from `start` on, fewer where the object ends before that."""
+    if not length:
+        return b""
+    if not is_s3(uri):
+        with Path(uri).open("rb") as file:
+            file.seek(start)
+            return file.read(length)
+    with _missing_as_file_not_found(uri):
+        bucket, key = _split(uri)
+        answer = _s3().get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{start + length - 1}")
+        return bytes(answer["Body"].read())
+
+
 def read_json(uri: str) -> Any:
     """
     Raises:
@@ -222,20 +236,16 @@ class _S3Blocks(io.RawIOBase):
         if wanted <= 0:
             return 0
         try:
-            data = self._get(wanted)
+            data = read_range(self._uri, self._position, wanted)
         except Exception:  # boto3 has retried what it knows; a body that breaks off is ours to ask for again
             try:
-                data = self._get(wanted)
+                data = read_range(self._uri, self._position, wanted)
             except Exception as error:
                 raise OSError(f"{self._uri}: {error}") from None
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
 
-    def _get(self, wanted: int) -> bytes:
-        bucket, key = _split(self._uri)
-        span = f"bytes={self._position}-{self._position + wanted - 1}"
-        return bytes(_s3().get_object(Bucket=bucket, Key=key, Range=span)["Body"].read())
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from orchestrator import cluster, failures, storage
 from orchestrator.accelerators import ACCELERATORS
 from orchestrator.config import Recipe
 from orchestrator.data import tokenizer
-from orchestrator.data.pipeline import load_manifest
+from orchestrator.data.manifest import load_manifest
 from orchestrator.errors import Interrupted, RunFailed, UserError
 from orchestrator.failures import Ending, Outcome
 from orchestrator.planning.search import Plan, plan

@@ -1,73 +1,40 @@
 """Sources -> Corpus, on Ray Data: read and clean, deduplicate, train a tokenizer, tokenise, pack, write shards.
 
-Work is cut into units of files. What the reading of a unit gave is a file written whole, so the same command reads
-unfinished units only; the manifest is written last, and a corpus without it is unfinished.
+Work is cut into units of files. What a unit's task gives is marked when it is whole and named by all that it depends on,
+so the same command does what is missing: after a failure, after new files, after another setting. The manifest is
+written last, and a corpus without it is unfinished.
 """
 
 from __future__ import annotations
 
 import collections
-import io
 import json
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
+import xxhash
 
 from orchestrator import storage
 from orchestrator.config import Recipe
-from orchestrator.data import documents, shards, steps
+from orchestrator.data import shards, sources
 from orchestrator.data import tokenizer as tokenizers
-from orchestrator.errors import StorageError, UserError
+from orchestrator.data.duplicates import Duplicates, find_duplicates
+from orchestrator.data.evaluation_sets import index_evaluation_sets
+from orchestrator.data.extraction import UnitFacts, condemn, read_unit
+from orchestrator.data.layout import CorpusDir
+from orchestrator.data.manifest import Manifest, data_order, save_manifest
+from orchestrator.data.packing import SPLITS, PackedUnit, PackSettings, pack_unit, tokenizer_key
+from orchestrator.data.passages import Passages, find_passages
+from orchestrator.data.sampling import sample_unit, train_tokenizer
+from orchestrator.data.sources import SourceFile, Unit
+from orchestrator.data.tasks import Progress, run_alone, run_tasks
+from orchestrator.errors import RunFailed, UserError
 
 log = logging.getLogger(__name__)
-
-UNIT_BYTES = 8 * 2**20
-TASK_CPUS = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What a corpus directory holds. Its `hash` names the exact token content, in order."""
-
-    format: int = 1
-    hash: str = ""
-    inputs: str = ""
-    """Digest of the recipe's values that the corpus was made from."""
-    sequence_length: int
-    vocab_size: int
-    """Of the tokenizer, added tokens included."""
-    documents: dict[str, Any]
-    """read = kept + the sum of dropped, which counts by reason."""
-    sources: dict[str, dict[str, int]]
-    splits: dict[str, dict[str, Any]]
-    tail_tokens_dropped: int
-    """At the very end of each split, too few to fill a sequence."""
-
-    def shards(self, split: str) -> list[shards.Shard]:
-        return [shards.Shard(**shard) for shard in self.splits[split]["shards"]]
-
-    def sequences(self, split: str) -> int:
-        return int(self.splits[split]["sequences"])
-
-
-def load_manifest(corpus: str) -> Manifest | None:
-    """The manifest of a finished corpus, None for an unfinished one.
-
-    Raises:
-        StorageError: it cannot be read.
-    """
-    uri = storage.join(corpus, "manifest.json")
-    try:
-        return Manifest(**storage.read_json(uri))
-    except FileNotFoundError:
-        return None
-    except TypeError as error:
-        raise StorageError(f"{uri} is of another version of Terrane, or damaged: {error}") from None
 
 
 def corpus_inputs(recipe: Recipe) -> str:
@@ -75,396 +42,234 @@ def corpus_inputs(recipe: Recipe) -> str:
     return recipe.digest_of("corpus", "tokenizer", "model.path", "train.sequence_length")
 
 
-def build_corpus(recipe: Recipe, corpus: str, progress: Callable[[str, int, int], None]) -> Manifest:
-    """Make the corpus of a recipe at `corpus`. Ray must be up.
+def listing_digest(files: Sequence[SourceFile]) -> str:
+    """Digest of the files of all sources: another one means that files came, went or changed."""
+    return xxhash.xxh3_128_hexdigest(repr([(f.uri, f.bytes, f.version) for f in files]).encode())
 
-    Args:
-        progress: called with (what, done, of).
+
+def build_corpus(recipe: Recipe, uri: str, files: Sequence[SourceFile], progress: Progress) -> Manifest:
+    """Make the corpus of a recipe at `uri`, or bring it up to date. Ray must be up.
 
     Raises:
         UserError: the sources hold no usable document, or too little text for one sequence.
     """
-    units = make_units(documents.list_sources(recipe.corpus))
-    extracted = _extract(recipe, corpus, units, progress)
-    kept = _first_of_each(extracted)
-    if not any(mask.any() for mask in kept):
-        raise UserError(
-            f"the corpus is empty: none of {sum(e.read for e in extracted)} documents was kept "
-            f"({_reasons(extracted, kept)})",
-            "check corpus.sources (JSONL records need a string field `text`) and corpus.min_characters",
-        )
-    tokenizer_uri = _tokenizer(recipe, corpus, extracted, kept, progress)
-    packed = _pack(recipe, corpus, tokenizer_uri, extracted, kept, progress)
-    manifest = _manifest(recipe, corpus, tokenizer_uri, extracted, kept, packed)
-    storage.write(storage.join(corpus, "manifest.json"), (json.dumps(asdict(manifest), indent=2) + "\n").encode())
-    storage.delete(storage.join(corpus, "work"))
+    corpus, config = CorpusDir(uri), recipe.corpus
+    units = _settle_units(corpus, files)
+    contamination = index_evaluation_sets(config.decontaminate, corpus)
+    facts = _read(recipe, corpus, units, contamination, progress)
+    found = find_duplicates(corpus, units, facts, config.near_duplicates, progress)
+    passages = find_passages(found, progress) if config.duplicate_spans else None
+    settings = PackSettings(
+        tokenizer=_tokenizer(recipe, corpus, found, facts, progress),
+        tokenizer_key=tokenizer_key(corpus.tokenizer),
+        sequence_length=recipe.train.sequence_length,
+        held_out=config.held_out,
+        min_characters=config.quality.min_characters or 0,
+    )
+    packed = run_tasks("tokenise and pack", lambda n: pack_unit(n, found, passages, settings), found.units, progress)
+    manifest = _manifest(recipe, corpus, files, units, facts, packed, found)
+    save_manifest(manifest, uri)
+    _sweep(corpus, found, manifest)
     return manifest
 
 
-# --- units ------------------------------------------------------------------------------------------------------------
+# --- read -------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Unit:
-    number: int
-    files: tuple[documents.SourceFile, ...]
-
-    def uri(self, corpus: str) -> str:
-        return storage.join(corpus, "work", f"unit-{self.number:06d}.arrow")
-
-
-def make_units(files: list[documents.SourceFile], unit_bytes: int = UNIT_BYTES) -> list[Unit]:
-    """Consecutive files of one source, up to unit_bytes each: a function of the listing alone."""
-    units: list[Unit] = []
-    group: list[documents.SourceFile] = []
-    for file in files:
-        full = sum(f.bytes for f in group) + file.bytes > unit_bytes
-        if group and (full or group[0].source != file.source):
-            units.append(Unit(len(units), tuple(group)))
-            group = []
-        group.append(file)
-    if group:
-        units.append(Unit(len(units), tuple(group)))
+def _settle_units(corpus: CorpusDir, files: Sequence[SourceFile]) -> list[Unit]:
+    """The units of before that are still whole, and new ones for the other files."""
+    try:
+        before = sources.units_from_json(storage.read_json(corpus.units))
+    except FileNotFoundError:
+        before = []
+    units = sources.extend_units(before, list(files))
+    if before and units != before:
+        log.info("corpus: %d of %d units are as they were, %d are new", _common(units, before), len(before), len(units))
+    storage.write(corpus.units, json.dumps(sources.units_as_json(units)).encode())
     return units
 
 
-# --- read, clean, deduplicate -----------------------------------------------------------------------------------------
+def _common(units: list[Unit], before: list[Unit]) -> int:
+    return len({unit.number for unit in units} & {unit.number for unit in before})
 
 
-@dataclass(frozen=True, kw_only=True)
-class Extracted:
-    """What reading a unit gave: the texts are in its file, this is what the driver needs to know of them."""
+def _read(
+    recipe: Recipe, corpus: CorpusDir, units: list[Unit], contamination: str, progress: Progress
+) -> list[UnitFacts]:
+    config = recipe.corpus
 
-    unit: Unit
-    source: str
-    read: int
-    dropped: dict[str, int]
-    hashes: np.ndarray
-    """Content hashes of the documents in the unit's file, 16 bytes each (dtype S16 would strip zeros: V16)."""
-    characters: np.ndarray
-    """Of each document in the unit's file, int64."""
+    def read(unit: Unit) -> UnitFacts:
+        return read_unit(unit, corpus.uri, config, contamination)
 
+    def read_without_poison(unit: Unit) -> UnitFacts:
+        """A unit that ends its worker: find the piece that does, set it aside, and read the others."""
+        for _ in range(len(unit.pieces) + 1):
+            done = run_alone(lambda: read_unit(unit, corpus.uri, config, contamination, journal=True))
+            if done:
+                return done
+            if not condemn(corpus, unit):
+                break
+        raise RunFailed(f"reading unit {unit.number} ({unit.source}) ends its worker", "see `ray status` and `dmesg`")
 
-def extract_unit(unit: Unit, corpus: str, min_characters: int) -> Extracted:
-    """Read and clean the documents of a unit and write those worth keeping to its file, unless that was done before."""
-    import pyarrow as pa
-
-    key = repr((unit, min_characters))
-    done = _extracted_before(unit, corpus, key)
-    if done:
-        return done
-    ids, texts, hashes = [], [], []
-    dropped: collections.Counter[str] = collections.Counter()
-    read = 0
-    for document in (d for file in unit.files for d in documents.read_documents(file)):
-        read += 1
-        if isinstance(document, documents.Unreadable):
-            dropped[str(document)] += 1
-            continue
-        text = steps.clean(document.text)
-        reason = steps.drop_reason(text, min_characters)
-        if reason:
-            dropped[reason] += 1
-            continue
-        ids.append(document.id)
-        texts.append(text.encode("utf-8", "replace").decode())
-        hashes.append(steps.content_hash(text))
-    facts = {"key": key, "read": str(read), "dropped": json.dumps(dropped)}
-    table = pa.table(
-        {
-            "id": pa.array(ids, pa.string()),
-            "text": pa.array(texts, pa.large_string()),
-            "hash": pa.array(hashes, pa.binary(16)),
-            "characters": pa.array([len(text) for text in texts], pa.int64()),
-        }
-    ).replace_schema_metadata(facts)
-    with io.BytesIO() as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
-        writer.close()
-        storage.write(unit.uri(corpus), sink.getvalue())
-    return _extracted(unit, table)
-
-
-def _extracted_before(unit: Unit, corpus: str, key: str) -> Extracted | None:
-    import pyarrow as pa
-
-    try:
-        table = pa.ipc.open_file(pa.BufferReader(storage.read(unit.uri(corpus)))).read_all()
-    except FileNotFoundError:
-        return None
-    return _extracted(unit, table) if table.schema.metadata.get(b"key") == key.encode() else None
-
-
-def _extracted(unit: Unit, table: Any) -> Extracted:
-    facts = table.schema.metadata
-    return Extracted(
-        unit=unit,
-        source=unit.files[0].source,
-        read=int(facts[b"read"]),
-        dropped=json.loads(facts[b"dropped"]),
-        hashes=np.frombuffer(b"".join(table["hash"].to_pylist()), dtype="V16"),
-        characters=table["characters"].to_numpy(),
-    )
-
-
-def _extract(
-    recipe: Recipe, corpus: str, units: list[Unit], progress: Callable[[str, int, int], None]
-) -> list[Extracted]:
-    minimum = recipe.corpus.min_characters
-    done = _run_units("read and clean", lambda unit: extract_unit(unit, corpus, minimum), units, progress)
-    return sorted(done, key=lambda extracted: extracted.unit.number)
-
-
-def _first_of_each(extracted: list[Extracted]) -> list[np.ndarray]:
-    """Exact deduplication: for each unit, a mask of the documents that no earlier document equals."""
-    every = np.concatenate([e.hashes for e in extracted]) if extracted else np.empty(0, "V16")
-    keep = np.zeros(len(every), dtype=bool)
-    keep[np.unique(every, return_index=True)[1]] = True
-    return list(np.split(keep, np.cumsum([len(e.hashes) for e in extracted])[:-1]))
-
-
-def _reasons(extracted: list[Extracted], kept: list[np.ndarray]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in _dropped(extracted, kept).items()) or "no document"
-
-
-def _dropped(extracted: list[Extracted], kept: list[np.ndarray]) -> dict[str, int]:
-    dropped: collections.Counter[str] = collections.Counter()
-    for unit, mask in zip(extracted, kept, strict=True):
-        dropped.update(unit.dropped)
-        if duplicates := int((~mask).sum()):
-            dropped["exact duplicate"] += duplicates
-    return dict(sorted(dropped.items()))
+    facts = run_tasks("read and clean", read, units, progress, on_crash=read_without_poison)
+    if not any(fact.written for fact in facts):
+        dropped = sum((collections.Counter(fact.dropped) for fact in facts), collections.Counter())
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items())) or "no document"
+        raise UserError(
+            f"the corpus is empty: none of {sum(fact.read for fact in facts)} documents was kept ({reasons})",
+            "check corpus.sources (JSONL records need a string field `text`) and corpus.quality",
+        )
+    return facts
 
 
 # --- tokenizer --------------------------------------------------------------------------------------------------------
 
 
 def _tokenizer(
-    recipe: Recipe,
-    corpus: str,
-    extracted: list[Extracted],
-    kept: list[np.ndarray],
-    progress: Callable[[str, int, int], None],
+    recipe: Recipe, corpus: CorpusDir, found: Duplicates, facts: Sequence[UnitFacts], progress: Progress
 ) -> str:
-    """Directory of the tokenizer in the corpus: a copy of the user's, or one trained on the corpus."""
-    import ray
-
-    uri = storage.join(corpus, "tokenizer")
+    """Directory of the tokenizer in the corpus: a copy of the user's, or one trained on a sample of the corpus."""
+    inputs = recipe.digest_of("tokenizer", "model.path").encode()
+    if storage.exists(corpus.tokenizer_inputs) and storage.read(corpus.tokenizer_inputs) == inputs:
+        return corpus.tokenizer
     given = recipe.tokenizer.path or recipe.model.path
-    if storage.exists(storage.join(uri, "tokenizer.json")):
-        return uri
+    storage.delete(corpus.tokenizer)
     if given:
         with TemporaryDirectory(prefix="terrane-") as folder:
             tokenizers.load(given).save_pretrained(folder)
-            _publish_tokenizer(Path(folder), uri)
-        return uri
-    sample = _sample(recipe, extracted, kept)
-    progress("train the tokenizer", 0, 1)
-    ray.get(ray.remote(num_cpus=TASK_CPUS)(_train_tokenizer).remote(corpus, uri, sample, recipe.tokenizer.vocab_size))
-    progress("train the tokenizer", 1, 1)
-    return uri
+            storage.upload_directory(Path(folder), corpus.tokenizer)
+    else:
+        _train_tokenizer(recipe, corpus, found, sum(fact.characters for fact in facts), progress)
+    storage.write(corpus.tokenizer_inputs, inputs)
+    return corpus.tokenizer
 
 
-def _sample(recipe: Recipe, extracted: list[Extracted], kept: list[np.ndarray]) -> list[tuple[Unit, np.ndarray]]:
-    """(unit, mask) of a random sample of the training documents: those with the least content hash, up to a size."""
-    masks = [mask & ~held_out(e.hashes, recipe.corpus.held_out) for e, mask in zip(extracted, kept, strict=True)]
-    hashes = np.concatenate([e.hashes for e in extracted])
-    characters = np.concatenate([e.characters for e in extracted]) * np.concatenate(masks)
-    # The first 8 bytes decide the split, so the last 8 order the sample.
-    ranking = np.argsort(_words(hashes)[:, 1], kind="stable")
-    limit = recipe.tokenizer.sample_mib * 2**20
-    smallest = characters[characters > 0].min() if characters.any() else 0
-    ranking = ranking[characters[ranking] <= max(limit, smallest)]
-    chosen = np.zeros(len(hashes), dtype=bool)
-    chosen[ranking[np.cumsum(characters[ranking]) - characters[ranking] < limit]] = True
-    split = np.split(chosen, np.cumsum([len(m) for m in masks])[:-1])
-    return [(e.unit, mask & chosen) for e, mask, chosen in zip(extracted, masks, split, strict=True)]
+def _train_tokenizer(recipe: Recipe, corpus: CorpusDir, found: Duplicates, characters: int, progress: Progress) -> None:
+    wanted = recipe.tokenizer.sample_mib * 2**20
+    share = min(1.0, wanted / characters)
+    while True:
+        # The share is of the documents, and one of them may be most of the text.
+        sampled = run_tasks(
+            "sample for the tokenizer",
+            lambda unit, share=share: sample_unit(found, unit, share, recipe.corpus.held_out),  # type: ignore[misc]
+            found.units,
+            progress,
+        )
+        if share == 1 or sum(sampled) >= wanted / 2:
+            break
+        share = min(1.0, 2 * share)
+    vocab_size = recipe.tokenizer.vocab_size
+    run_tasks("train the tokenizer", lambda _: train_tokenizer(corpus, found.units, vocab_size), [0], progress)
 
 
-def _train_tokenizer(corpus: str, uri: str, sample: list[tuple[Unit, np.ndarray]], vocab_size: int) -> None:
-    texts = (text for unit, mask in sample for _, text in _read_unit(unit, corpus, mask))
-    with TemporaryDirectory(prefix="terrane-") as folder:
-        tokenizers.train(texts, vocab_size).save_pretrained(folder)
-        _publish_tokenizer(Path(folder), uri)
-
-
-def _publish_tokenizer(folder: Path, uri: str) -> None:
-    """tokenizer.json goes last: its presence says that the directory is whole."""
-    for name in sorted(storage.list_files(str(folder)), key=lambda name: name == "tokenizer.json"):
-        storage.upload(folder / name, storage.join(uri, name))
-
-
-# --- tokenise and pack ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackedUnit:
-    number: int
-    written: dict[str, list[shards.Shard]] = field(default_factory=dict)
-    """Shards by split."""
-    tails: dict[str, shards.Packed] = field(default_factory=dict)
-    """By split: the tokens after the last whole sequence."""
-
-
-def pack_unit(
-    unit: Unit, kept: np.ndarray, held: np.ndarray, corpus: str, tokenizer_uri: str, sequence_length: int
-) -> PackedUnit:
-    """Tokenise the kept documents of a unit and write its whole sequences, one shard a split."""
-    tokenizer = _load_tokenizer(tokenizer_uri)
-    end = tokenizers.document_end(tokenizer)
-    result = PackedUnit(number=unit.number)
-    for split, mask in (("train", kept & ~held), ("held_out", kept & held)):
-        stream = _tokenise(tokenizer, end, _read_unit(unit, corpus, mask))
-        whole, tail = stream.split_at(len(stream.tokens) // sequence_length * sequence_length)
-        result.tails[split] = tail
-        if len(whole.tokens):
-            name = f"shards/{split}-{unit.number:06d}.arrow"
-            shard = shards.write_shard(corpus, name, whole, sequence_length, len(tokenizer))
-            result.written[split] = [shard]
-    return result
-
-
-def _pack(
-    recipe: Recipe,
-    corpus: str,
-    tokenizer_uri: str,
-    extracted: list[Extracted],
-    kept: list[np.ndarray],
-    progress: Callable[[str, int, int], None],
-) -> list[PackedUnit]:
-    length = recipe.train.sequence_length
-    masks = {
-        e.unit.number: (mask, held_out(e.hashes, recipe.corpus.held_out))
-        for e, mask in zip(extracted, kept, strict=True)
-    }
-
-    def pack(unit: Unit) -> PackedUnit:
-        return pack_unit(unit, *masks[unit.number], corpus, tokenizer_uri, length)
-
-    done = _run_units("tokenise and pack", pack, [e.unit for e in extracted], progress)
-    return sorted(done, key=lambda packed: packed.number)
-
-
-def _tokenise(tokenizer: Any, end: int, texts: Iterator[tuple[str, str]]) -> shards.Packed:
-    """Every document followed by the end token."""
-    pairs = list(texts)
-    encodings = tokenizer.backend_tokenizer.encode_batch_fast([text for _, text in pairs], add_special_tokens=False)
-    parts = [
-        shards.Packed(np.array([*encoding.ids, end], dtype=np.uint32), [(len(encoding.ids) + 1, document)])
-        for (document, _), encoding in zip(pairs, encodings, strict=True)
-    ]
-    return shards.join(parts)
+# --- manifest ---------------------------------------------------------------------------------------------------------
 
 
 def _manifest(
     recipe: Recipe,
-    corpus: str,
-    tokenizer_uri: str,
-    extracted: list[Extracted],
-    kept: list[np.ndarray],
-    packed: list[PackedUnit],
+    corpus: CorpusDir,
+    files: Sequence[SourceFile],
+    units: list[Unit],
+    facts: Sequence[UnitFacts],
+    packed: Sequence[PackedUnit],
+    found: Duplicates,
 ) -> Manifest:
-    length, vocab_size = recipe.train.sequence_length, len(_load_tokenizer(tokenizer_uri))
+    by_source = {
+        source.name: [(f, p) for u, f, p in zip(units, facts, packed, strict=True) if u.source == source.name]
+        for source in recipe.corpus.sources
+    }
+    counts = {name: _counts(parts) for name, parts in by_source.items()}
+    totals = sum((collections.Counter(c["dropped"]) for c in counts.values()), collections.Counter())
+    splits, lost = _splits(recipe, corpus, {name: [p for _, p in parts] for name, parts in by_source.items()})
+    manifest = Manifest(
+        hash=xxhash.xxh3_128_hexdigest(
+            json.dumps([[shard["xxh3"] for shard in splits[split]["shards"]] for split in sorted(splits)]).encode()
+        ),
+        inputs=corpus_inputs(recipe),
+        files=listing_digest(files),
+        sequence_length=recipe.train.sequence_length,
+        vocab_size=tokenizers.vocabulary_size(corpus.tokenizer),
+        documents={
+            "read": sum(c["read"] for c in counts.values()),
+            "kept": sum(c["kept"] for c in counts.values()),
+            "dropped": dict(sorted(totals.items())),
+        },
+        sources=counts,
+        splits=splits,
+        tail_tokens_dropped=lost,
+        clusters=found.clusters(),
+    )
+    data_order(manifest, recipe)  # refuses a mixture of what is not there
+    return manifest
+
+
+def _counts(parts: Sequence[tuple[UnitFacts, PackedUnit]]) -> dict[str, Any]:
+    """Of one source. Every document that was read is kept or counted under its reason."""
+    dropped: collections.Counter[str] = collections.Counter()
+    lengths: collections.Counter[str] = collections.Counter()
+    for fact, unit in parts:
+        dropped.update(fact.dropped)
+        dropped.update(unit.dropped)
+        lengths.update(unit.lengths)
+    counts = {
+        "units": len(parts),
+        "read": sum(fact.read for fact, _ in parts),
+        "kept": sum(sum(unit.kept.values()) for _, unit in parts),
+        "dropped": dict(sorted(dropped.items())),
+        "characters": sum(unit.characters for _, unit in parts),
+        "cut_bytes": sum(unit.cut_bytes for _, unit in parts),
+        "tokens": sum(unit.tokens for _, unit in parts),
+        "lengths": dict(sorted(lengths.items(), key=lambda item: int(item[0]))),
+    }
+    if counts["read"] != counts["kept"] + dropped.total():
+        raise RunFailed(f"documents were lost: {counts}", "report this")
+    return counts
+
+
+def _splits(
+    recipe: Recipe, corpus: CorpusDir, packed: dict[str, list[PackedUnit]]
+) -> tuple[dict[str, dict[str, Any]], int]:
+    """The shards of each split, and the number of tokens at the very end that fill no sequence."""
+    length, vocab_size = recipe.train.sequence_length, tokenizers.vocabulary_size(corpus.tokenizer)
     splits: dict[str, dict[str, Any]] = {}
     lost = 0
-    for split in ("train", "held_out"):
-        found = [shard for unit in packed for shard in unit.written.get(split, [])]
-        tail = shards.join([unit.tails[split] for unit in packed])
-        whole, rest = tail.split_at(len(tail.tokens) // length * length)
-        lost += len(rest.tokens)
-        if len(whole.tokens):
-            found.append(shards.write_shard(corpus, f"shards/{split}-tails.arrow", whole, length, vocab_size))
-        sequences = sum(shard.sequences for shard in found)
+    for split in SPLITS:
+        # The sources of a mixture are drawn from by themselves; else the last tokens of all of them fill sequences.
+        apart = bool(recipe.corpus.mixture) and split == "train"
+        groups = packed if apart else {"": [unit for units in packed.values() for unit in units]}
+        written: list[shards.Shard] = []
+        for source, units in groups.items():
+            found = [shards.Shard(**shard) for unit in units for shard in unit.shards[split]]
+            tail = shards.join([unit.tail(split) for unit in units])
+            whole, rest = tail.split_at(len(tail.tokens) // length * length)
+            lost += len(rest.tokens)
+            if len(whole.tokens):
+                key = xxhash.xxh3_128_hexdigest(whole.tokens.tobytes())
+                name = corpus.shard(split, "-".join(("tails", source)).rstrip("-"), key)
+                found.append(shards.write_shard(corpus.uri, name, whole, length, vocab_size))
+            written += [replace(shard, source=source) for shard in found]
+        sequences = sum(shard.sequences for shard in written)
         if not sequences:
             raise UserError(
                 f"the {split} split holds less than one sequence of {length} tokens",
                 "add text, shorten train.sequence_length, or change corpus.held_out",
             )
-        splits[split] = {"sequences": sequences, "tokens": sequences * length, "shards": [asdict(s) for s in found]}
-    return Manifest(
-        hash=_content_hash(splits),
-        inputs=corpus_inputs(recipe),
-        sequence_length=length,
-        vocab_size=vocab_size,
-        documents={
-            "read": sum(e.read for e in extracted),
-            "kept": int(sum(mask.sum() for mask in kept)),
-            "dropped": _dropped(extracted, kept),
-        },
-        sources=_by_source(extracted, kept),
-        splits=splits,
-        tail_tokens_dropped=lost,
-    )
+        splits[split] = {"sequences": sequences, "tokens": sequences * length, "shards": [asdict(s) for s in written]}
+    return splits, lost
 
 
-def _by_source(extracted: list[Extracted], kept: list[np.ndarray]) -> dict[str, dict[str, int]]:
-    sources: dict[str, collections.Counter[str]] = {}
-    for unit, mask in zip(extracted, kept, strict=True):
-        counter = sources.setdefault(unit.source, collections.Counter())
-        counter.update(documents=int(mask.sum()), characters=int(unit.characters[mask].sum()))
-    return {name: dict(counter) for name, counter in sources.items()}
-
-
-def _content_hash(splits: dict[str, dict[str, Any]]) -> str:
-    import xxhash
-
-    text = json.dumps([[shard["xxh3"] for shard in splits[split]["shards"]] for split in sorted(splits)])
-    return str(xxhash.xxh3_128_hexdigest(text.encode()))
-
-
-# --- common -----------------------------------------------------------------------------------------------------------
-
-
-def held_out(hashes: np.ndarray, share: float) -> np.ndarray:
-    """Mask of the documents in the held-out split."""
-    return np.array([steps.is_held_out(bytes(digest), share) for digest in hashes], dtype=bool)
-
-
-def _words(hashes: np.ndarray) -> np.ndarray:
-    """[n, 2] uint64, big-endian halves of the hashes."""
-    return hashes.view(">u8").reshape(-1, 2)
-
-
-def _read_unit(unit: Unit, corpus: str, mask: np.ndarray) -> Iterator[tuple[str, str]]:
-    """(id, text) of the chosen documents of a unit."""
-    import pyarrow as pa
-
-    table = pa.ipc.open_file(pa.BufferReader(storage.read(unit.uri(corpus)))).read_all()
-    for index in np.flatnonzero(mask):
-        yield table["id"][index].as_py(), table["text"][index].as_py()
-
-
-def _load_tokenizer(uri: str) -> Any:
-    with storage.local_directory(uri) as folder:
-        return tokenizers.load(folder)
-
-
-def quiet_ray_data() -> None:
-    """Importing Ray Data sets its loggers up, so they are quietened after that; progress is ours to tell."""
-    import ray.data
-
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-
-
-def _run_units(
-    what: str, work: Callable[[Unit], Any], units: list[Unit], progress: Callable[[str, int, int], None]
-) -> list[Any]:
-    """Do work on every unit as Ray Data tasks, results in any order."""
-    import pickle
-
-    import ray
-
-    quiet_ray_data()
-
-    def on_row(row: dict[str, Any]) -> dict[str, Any]:
-        return {"result": pickle.dumps(work(pickle.loads(row["unit"])))}
-
-    results = []
-    rows = [{"unit": pickle.dumps(unit)} for unit in units]
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(on_row, num_cpus=TASK_CPUS)
-    progress(what, 0, len(units))
-    for row in dataset.iter_rows():
-        results.append(pickle.loads(row["result"]))
-        progress(what, len(results), len(units))
-    return results
+def _sweep(corpus: CorpusDir, found: Duplicates, manifest: Manifest) -> None:
+    """Delete what only the work needed, and what another set of units left behind."""
+    shards_now = {name for split in SPLITS for s in manifest.shards(split) for name in (s.name, s.name + shards.SIDECAR)}
+    units_now = {f"unit-{unit:06d}" for unit in found.units}
+    for name in storage.list_files(corpus.uri):
+        top, _, rest = name.partition("/")
+        unit = rest.rpartition("/")[2].partition(".")[0]
+        stale = (
+            top in ("sample", "journal")
+            or (top == "shards" and name not in shards_now)
+            or (top == "dedup" and not rest.startswith(found.state))
+            or (unit.startswith("unit-") and unit not in units_now)
+        )
+        if stale:
+            storage.delete(corpus.path(name))

@@ -28,6 +28,8 @@ class Shard:
     bytes: int
     xxh3: str
     """Of the shard file, 128 bits in hex."""
+    source: str = ""
+    """Of all of its documents, in a corpus with a mixture."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,41 @@ def write_shard(corpus: str, name: str, packed: Packed, sequence_length: int, vo
     storage.write(storage.join(corpus, name + SIDECAR), _to_ipc(sidecar))
     storage.write(storage.join(corpus, name), data)
     return Shard(name=name, sequences=table.num_rows, bytes=len(data), xxh3=_hash(data))
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """Runs of a shard's tokens by document."""
+
+    starts: np.ndarray
+    """int64 [runs], of the shard's tokens."""
+    lengths: np.ndarray
+    documents: Any
+    """Arrow array of strings."""
+
+    def passages(self, sequence: int, sequence_length: int) -> list[tuple[int, int, str]]:
+        """(first token, last token, document) of a sequence's runs, the tokens counted within the sequence."""
+        begin = sequence * sequence_length
+        ends = self.starts + self.lengths
+        first = int(np.searchsorted(ends, begin, side="right"))
+        last = int(np.searchsorted(self.starts, begin + sequence_length, side="left"))
+        return [
+            (
+                max(int(self.starts[run]) - begin, 0),
+                min(int(ends[run]) - begin, sequence_length) - 1,
+                self.documents[run].as_py(),
+            )
+            for run in range(first, last)
+        ]
+
+
+def read_sidecar(corpus: str, name: str) -> Sidecar:
+    """The sidecar of a shard."""
+    import pyarrow as pa
+
+    table = pa.ipc.open_file(pa.BufferReader(storage.read(storage.join(corpus, name + SIDECAR)))).read_all()
+    columns = table.combine_chunks()
+    return Sidecar(columns["start"].to_numpy(), columns["length"].to_numpy(), columns["document"])
 
 
 class ShardReader:

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from orchestrator.data.order import Order
-from orchestrator.data.pipeline import Manifest, quiet_ray_data
+from orchestrator.data.manifest import Manifest
 from orchestrator.data.shards import ShardReader
+from orchestrator.data.tasks import quiet_ray_data
 from orchestrator.errors import RunFailed, StorageError
 
 UNIT_BYTES = 16 * 2**20

@@ -9,7 +9,7 @@ import numpy as np
 
 from orchestrator import storage
 from orchestrator.config import Recipe
-from orchestrator.data.pipeline import Manifest
+from orchestrator.data.manifest import Manifest
 from orchestrator.data.shards import ShardReader
 from orchestrator.runs import RunDir
 

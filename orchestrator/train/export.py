@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from orchestrator import storage
 from orchestrator.config import Recipe
 from orchestrator.data import tokenizer as tokenizers
-from orchestrator.data.pipeline import Manifest, load_manifest
+from orchestrator.data.manifest import Manifest, load_manifest
 from orchestrator.errors import UserError
 from orchestrator.runs import RunDir
 from orchestrator.train.checkpoints import Commit

@@ -52,15 +52,14 @@ def train_worker(values: dict[str, Any]) -> None:
 
 
 def _train(job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int, world_size: int) -> None:
-    from orchestrator.data.order import Order
-    from orchestrator.data.pipeline import load_manifest
+    from orchestrator.data.manifest import data_order, load_manifest
     from orchestrator.data.stream import RankSlice, rank_batches
     from orchestrator.train.schedule import learning_rate
 
     config, resume = recipe.train, job.commit()
     manifest = load_manifest(run.corpus)
     assert manifest is not None, "the supervisor starts no attempt before the corpus is done"
-    order = Order(samples=manifest.sequences("train"), seed=config.seed, global_batch_size=config.global_batch_size)
+    order = data_order(manifest, recipe)
     first = resume.step + 1 if resume else 1
     batches = rank_batches(run.corpus, manifest, order, RankSlice(rank, world_size), first, config.steps)
 

@@ -16,8 +16,8 @@ import pytest
 
 from orchestrator import cluster
 from orchestrator.data import shards, stream
-from orchestrator.data.order import Order
-from orchestrator.data.pipeline import Manifest
+from orchestrator.data.order import uniform
+from orchestrator.data.manifest import Manifest
 
 RESULTS = Path(__file__).with_name("results")
 SAMPLES, LENGTH, STEPS, STEP_S, ROUNDS = 20_000, 256, 400, 0.02, 3
@@ -34,7 +34,7 @@ def manifest(corpus: str) -> Manifest:
 
 def cores_used(corpus: str, found: Manifest) -> float:
     """CPU seconds of this process per second of wall time while it consumes STEPS steps."""
-    order = Order(samples=SAMPLES, seed=0, global_batch_size=16)
+    order = uniform(samples=SAMPLES, seed=0, global_batch_size=16)
     batches = stream.rank_batches(corpus, found, order, stream.RankSlice(0, 1), 1, STEPS)
     next(batches)
     wall, cpu = time.perf_counter(), time.process_time()

@@ -13,7 +13,7 @@ import pytest
 
 from orchestrator import storage
 from orchestrator.config import load_recipe
-from orchestrator.data.pipeline import load_manifest
+from orchestrator.data.manifest import data_order, load_manifest
 from orchestrator.runs import RunDir
 from tests.conftest import ROOT
 from tests.e2e.conftest import BUCKET, RECIPE, RayCluster, manifest_of, terrane, wait_for
@@ -196,13 +196,11 @@ def _served(client: Any) -> list[str]:
 
 def test_every_sample_was_consumed_once_and_in_order(tiny: RunDir) -> None:
     """The stream's own check refused nothing; here the order itself is what the manifest and seed say."""
-    from orchestrator.data.order import Order
     from orchestrator.data.shards import ShardReader
 
     manifest = load_manifest(tiny.corpus)
     assert manifest is not None
-    recipe = tiny.recipe().train
-    order = Order(samples=manifest.sequences("train"), seed=recipe.seed, global_batch_size=recipe.global_batch_size)
+    order = data_order(manifest, tiny.recipe())
     ids = np.concatenate([order.step(step) for step in range(1, STEPS + 1)])
     assert len(np.unique(ids)) == len(ids)
     reader = ShardReader(tiny.corpus, manifest.shards("train"))

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.data.order import Order, permute
+from orchestrator.data.order import Order, Pool, Stage, permute, uniform
 
 
 @given(size=st.integers(1, 3000), seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 100))
@@ -16,7 +16,7 @@ def test_an_epoch_is_a_permutation(size: int, seed: int, epoch: int) -> None:
 
 @given(samples=st.integers(1, 500), seed=st.integers(0, 1000), batch=st.integers(1, 64))
 def test_epochs_join_without_dropping_or_repeating(samples: int, seed: int, batch: int) -> None:
-    order = Order(samples=samples, seed=seed, global_batch_size=batch)
+    order = uniform(samples=samples, seed=seed, global_batch_size=batch)
     steps = -(-3 * samples // batch)
     stream = np.concatenate([order.step(step) for step in range(1, steps + 1)])
     for epoch in range(3):
@@ -25,7 +25,7 @@ def test_epochs_join_without_dropping_or_repeating(samples: int, seed: int, batc
 
 @given(step=st.integers(1, 10**6), world_size=st.sampled_from([1, 2, 3, 4, 6, 12]))
 def test_the_union_over_ranks_is_the_step_whatever_the_world(step: int, world_size: int) -> None:
-    order = Order(samples=997, seed=3, global_batch_size=12)
+    order = uniform(samples=997, seed=3, global_batch_size=12)
     parts = [order.of_rank(step, rank, world_size) for rank in range(world_size)]
     assert np.array_equal(np.concatenate(parts), order.step(step))
 
@@ -49,4 +49,4 @@ def test_neighbours_are_not_kept_together() -> None:
 )
 def test_the_order_never_changes_between_releases(samples: int, seed: int, step: int, expected: list[int]) -> None:
     """A checkpoint's data position means nothing once this changes."""
-    assert Order(samples=samples, seed=seed, global_batch_size=4).step(step).tolist() == expected
+    assert uniform(samples=samples, seed=seed, global_batch_size=4).step(step).tolist() == expected

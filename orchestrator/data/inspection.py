@@ -1,0 +1,85 @@
+"""What a finished corpus holds, and which documents stand behind its sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from orchestrator import storage
+from orchestrator.data import shards
+from orchestrator.data.layout import CorpusDir
+from orchestrator.data.manifest import Manifest
+from orchestrator.data.texts import read_texts
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A run of a sequence's tokens that comes from one document."""
+
+    sample: int
+    first: int
+    """Of the tokens of the sequence."""
+    last: int
+    document: str
+
+
+@dataclass(frozen=True)
+class DroppedDocument:
+    id: str
+    reason: str
+    text: str
+    of: str = ""
+    """The document that it repeats, as unit:row."""
+
+
+def trace(uri: str, manifest: Manifest, samples: list[int], split: str = "train") -> list[Passage]:
+    """The documents of some sequences, by sample id. Reads the sidecars of their shards, no shard.
+
+    Raises:
+        IndexError: there is no such sample.
+    """
+    found = manifest.shards(split)
+    ends = np.cumsum([shard.sequences for shard in found])
+    if samples and not 0 <= min(samples) <= max(samples) < ends[-1]:
+        raise IndexError(f"samples go from 0 to {ends[-1] - 1}")
+    places = [int(np.searchsorted(ends, sample, side="right")) for sample in samples]
+    sidecars = {place: shards.read_sidecar(uri, found[place].name) for place in set(places)}
+    return [
+        Passage(sample, first, last, document)
+        for sample, place in zip(samples, places, strict=True)
+        for first, last, document in sidecars[place].passages(
+            sample - int(ends[place]) + found[place].sequences, manifest.sequence_length
+        )
+    ]
+
+
+def dropped(uri: str, reason: str | None = None) -> Iterator[DroppedDocument]:
+    """Every document that was read and is not part of the corpus, or those of one reason."""
+    for name in storage.list_files(storage.join(uri, "dropped")):
+        columns = ["id", "reason", "text"] + (["of"] if name.endswith(".duplicates.arrow") else [])
+        for batch in read_texts(storage.join(uri, "dropped", name), *columns):
+            for row in zip(*batch, strict=True):
+                if reason is None or row[1] == reason:
+                    yield DroppedDocument(*row)
+
+
+def document_ids(uri: str, numbers: list[int]) -> dict[int, str]:
+    """The ids of documents by their numbers, unit << 32 | row."""
+    found: dict[int, str] = {}
+    for unit in sorted({number >> 32 for number in numbers}):
+        ids = [id_ for (batch,) in read_texts(CorpusDir(uri).documents(unit), "id") for id_ in batch]
+        found |= {number: ids[number & 0xFFFFFFFF] for number in numbers if number >> 32 == unit}
+    return found
+
+
+def clusters(uri: str, manifest: Manifest) -> list[dict[str, Any]]:
+    """The largest clusters of near-duplicates: their size, the document that stays and some of the others."""
+    largest = manifest.clusters.get("largest", [])
+    ids = document_ids(uri, [number for _, first, others in largest for number in (first, *others)])
+    return [
+        {"size": size, "kept": ids[first], "dropped": [ids[other] for other in others]}
+        for size, first, others in largest
+    ]

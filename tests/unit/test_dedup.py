@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
+import math
 import random
+from collections.abc import Callable
 
 import datasketch
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from orchestrator.data import minhash, ngrams
+from orchestrator.data import components, minhash, ngrams
 from tests.conftest import SHARED_DATA
 
+log = logging.getLogger(__name__)
 WORDS = [f"{a}{b}{c}" for a in ("sol", "ga", "ne", "tri") for b in ("ar", "o", "ul") for c in ("is", "ta", "x", "men")]
 
 
@@ -221,3 +227,89 @@ def test_near_duplicates_of_real_papers_are_found() -> None:
     alike = {(i, 40 + i) for i, pair in enumerate(zip(originals, copies, strict=True)) if jaccard(*pair) >= 0.8}
     assert len(alike) >= 35
     assert len(alike - found) <= 1
+
+
+# --- components -------------------------------------------------------------------------------------------------
+
+
+def _smallest_of_component(edges: list[tuple[int, int]]) -> dict[int, int]:
+    """By depth-first search."""
+    neighbours: dict[int, set[int]] = {}
+    for a, b in edges:
+        neighbours.setdefault(a, set()).add(b)
+        neighbours.setdefault(b, set()).add(a)
+    smallest: dict[int, int] = {}
+    for node in sorted(neighbours):
+        waiting = [node] if node not in smallest else []
+        while waiting:
+            if (current := waiting.pop()) not in smallest:
+                smallest[current] = node
+                waiting.extend(neighbours[current])
+    return smallest
+
+
+def _rounds(edges: np.ndarray, partitions: int) -> tuple[dict[int, int], int]:
+    """(document -> representative, rounds) as a driver over several partitions finds them."""
+
+    def by_center(step: Callable[[np.ndarray], np.ndarray], records: np.ndarray) -> list[np.ndarray]:
+        where = components.mix(records[:, 0].copy()) % np.uint64(partitions)
+        return [step(records[where == partition]) for partition in range(partitions)]
+
+    before = None
+    for number in itertools.count(1):
+        records = np.concatenate(by_center(components.large_star, components.symmetric(edges)))
+        parts = by_center(components.small_star, records)
+        edges = np.concatenate(parts)
+        now = sum(components.checksum(part) for part in parts) % 2**64
+        if now == before:
+            assert len(np.unique(edges[:, 0])) == len(edges)
+            return dict(edges.tolist()), number
+        before = now
+    raise AssertionError
+
+
+GRAPHS = st.lists(
+    st.tuples(st.integers(0, 40), st.integers(0, 40)).filter(lambda edge: edge[0] != edge[1]), max_size=60
+)
+
+
+def _as_edges(pairs: list[tuple[int, int]]) -> np.ndarray:
+    """Documents of many units, so that the numbers do not fit 32 bits."""
+    return np.sort(np.array(pairs, dtype=np.uint64).reshape(-1, 2) << np.uint64(32), axis=1)
+
+
+@given(GRAPHS, st.integers(1, 5))
+def test_rounds_over_partitions_find_the_components(pairs: list[tuple[int, int]], partitions: int) -> None:
+    true = {node << 32: least << 32 for node, least in _smallest_of_component(pairs).items() if node != least}
+    shrunk = [components.forest(part) for part in np.array_split(_as_edges(pairs), partitions)]
+    assert _rounds(_as_edges(pairs), partitions)[0] == true
+    assert _rounds(np.concatenate(shrunk), partitions)[0] == true
+
+
+@given(GRAPHS)
+def test_components_are_those_of_a_search(pairs: list[tuple[int, int]]) -> None:
+    nodes, representatives = components.components(_as_edges(pairs))
+    true = _smallest_of_component(pairs)
+    assert nodes.tolist() == [node << 32 for node in sorted(true)]
+    assert representatives.tolist() == [true[node] << 32 for node in sorted(true)]
+
+
+@given(GRAPHS)
+def test_a_forest_connects_the_same_nodes_with_the_fewest_edges(pairs: list[tuple[int, int]]) -> None:
+    forest = components.forest(_as_edges(pairs))
+    true = _smallest_of_component(pairs)
+    assert len(forest) == len(true) - len(set(true.values()))
+    assert {(int(a) >> 32, int(b) >> 32) for a, b in forest} == {(least, n) for n, least in true.items() if n != least}
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_chain_takes_logarithmically_many_rounds(ordered: bool) -> None:
+    nodes = 10_000
+    ids = np.arange(nodes) if ordered else np.random.default_rng(4).permutation(nodes)
+    edges = np.sort(np.stack([ids[:-1], ids[1:]], axis=1), axis=1).astype(np.uint64)
+    found, rounds = _rounds(edges, 8)
+    shrunk = np.concatenate([components.forest(part) for part in np.array_split(edges, 8)])
+    log.info("a chain of %d: %d rounds, %d from the forests of 8 partitions", nodes, rounds, _rounds(shrunk, 8)[1])
+    assert found == dict.fromkeys(range(1, nodes), 0)
+    assert rounds <= 1.5 * math.log2(nodes)
+    assert _rounds(shrunk, 8)[1] <= 6

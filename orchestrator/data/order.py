@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from orchestrator.data.splitmix import mix
+
 _ROUNDS = 4
 _BLOCK = 10_000
 """Samples in which every weight of a mixture is met exactly, to this fraction."""
@@ -127,22 +129,13 @@ def permute(offsets: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray
     """
     half = np.uint64(max(1, (max(size - 1, 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
-    keys = [_mix(np.array([seed * 0x10001 + epoch * _ROUNDS + i], dtype=np.uint64))[0] for i in range(_ROUNDS)]
+    keys = [mix(np.array([seed * 0x10001 + epoch * _ROUNDS + i], dtype=np.uint64))[0] for i in range(_ROUNDS)]
     values = offsets.astype(np.uint64, copy=True)
     outside = np.ones(len(values), dtype=bool)
     while outside.any():
         left, right = values[outside] >> half, values[outside] & mask
         for key in keys:
-            left, right = right, left ^ (_mix(right ^ key) & mask)
+            left, right = right, left ^ (mix(right ^ key) & mask)
         values[outside] = (left << half) | right
         outside = values >= np.uint64(size)
     return values.astype(np.int64)
-
-
-def _mix(values: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014)."""
-    with np.errstate(over="ignore"):
-        values = values + np.uint64(0x9E3779B97F4A7C15)
-        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return np.asarray(values ^ (values >> np.uint64(31)))

@@ -1,0 +1,315 @@
+"""Deduplication's numerical core: rolling hashes, near-duplicates, components, shared spans, contamination."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import random
+from collections.abc import Callable
+
+import datasketch
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.data import components, minhash, ngrams
+from tests.conftest import SHARED_DATA
+
+log = logging.getLogger(__name__)
+WORDS = [f"{a}{b}{c}" for a in ("sol", "ga", "ne", "tri") for b in ("ar", "o", "ul") for c in ("is", "ta", "x", "men")]
+
+
+def prose(rng: random.Random, words: int) -> list[str]:
+    return [rng.choice(WORDS) + str(rng.randrange(30)) for _ in range(words)]
+
+
+def jaccard(a: str, b: str, n: int = 5) -> float:
+    """Of the sets of word n-grams, by Python's own sets."""
+    sets = [{tuple(words[i : i + n]) for i in range(len(words) - n + 1)} for words in (a.split(), b.split())]
+    return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+
+
+def near_duplicate(rng: random.Random, words: list[str]) -> list[str]:
+    """Some words replaced, dropped or inserted, and perhaps two halves swapped."""
+    rate = rng.uniform(0.001, 0.05)
+    edited = [w for word in words for w in _edit(rng, word, rate)]
+    middle = len(edited) // 2
+    return edited[middle:] + edited[:middle] if rng.random() < 0.3 else edited
+
+
+def _edit(rng: random.Random, word: str, rate: float) -> list[str]:
+    return rng.choice([[rng.choice(WORDS)], [], [word, rng.choice(WORDS)]]) if rng.random() < rate else [word]
+
+
+# --- ngrams -----------------------------------------------------------------------------------------------------
+
+
+def spelled(text: str) -> list[str]:
+    data, starts, ends = ngrams.words(text)
+    return [bytes(data[a:b]).decode() for a, b in zip(starts, ends, strict=True)]
+
+
+def test_words_are_lower_cased_runs_of_letters_digits_and_marks() -> None:
+    assert spelled("  The α-Helix (ÉTÉ), x² = 12.5—“q”! ") == ["the", "α", "helix", "été", "x²", "12", "5", "q"]
+
+
+def test_each_ideograph_and_kana_is_a_word() -> None:
+    assert spelled("地球科学，GeoGPT很好。ひら a") == ["地", "球", "科", "学", "geogpt", "很", "好", "ひ", "ら", "a"]
+
+
+def test_text_without_words_has_none() -> None:
+    assert [spelled(text) for text in ("", " \n ", "--- | ---", "\ud800")] == [[], [], [], []]
+
+
+def test_layout_case_and_punctuation_do_not_change_ngram_hashes() -> None:
+    a = ngrams.word_ngram_hashes("The Sun, a star,\n\nis *hot* and far away.", 3)
+    assert np.array_equal(a, ngrams.word_ngram_hashes("the sun - a star; is hot and FAR AWAY", 3))
+
+
+@pytest.mark.parametrize("length", [1, 200, 5000])
+def test_equal_ngrams_and_no_others_hash_alike(length: int) -> None:
+    rng = random.Random(length)
+    words = [rng.choice(["alpha", "beta", "al", "pha", "α"]) for _ in range(length)]
+    runs = [tuple(words[i : i + 3]) for i in range(length - 2)]
+    hashes = ngrams.word_ngram_hashes(" ".join(words), 3)
+    assert len(hashes) == len(runs)
+    assert len(set(hashes.tolist())) == len(set(runs)) == len(set(zip(hashes.tolist(), runs, strict=True)))
+
+
+def test_a_window_hashes_the_same_wherever_it_stands_and_by_either_way() -> None:
+    data = np.frombuffer(random.Random(1).randbytes(3 * ngrams._BLOCK + 7), np.uint8)
+    rolling = ngrams.rolling_hashes(data, 50)
+    starts = np.arange(len(rolling))
+    assert np.array_equal(rolling, ngrams.window_hashes(data, starts, starts + 50))
+    assert np.array_equal(rolling[12345:], ngrams.rolling_hashes(data[12345:], 50))
+    assert np.array_equal(rolling[40000:40001], ngrams.rolling_hashes(data[40000:40050], 50))
+    assert len(np.unique(rolling)) == len(rolling)
+
+
+def test_rows_of_many_texts_are_those_of_each() -> None:
+    texts = ["one two three four", "", "one two", "a\0b c d e f", "..."]
+    hashes, offsets = ngrams.ngram_rows(texts, 3)
+    rows = [hashes[a:b].tolist() for a, b in itertools.pairwise(offsets)]
+    assert rows[0] == ngrams.word_ngram_hashes(texts[0], 3).tolist()
+    assert rows[2] == ngrams.word_ngram_hashes(texts[2], 2).tolist()
+    assert rows[3] == ngrams.word_ngram_hashes("a b c d e f", 3).tolist()
+    assert rows[1] == rows[4] == []
+
+
+# --- minhash ----------------------------------------------------------------------------------------------------
+
+
+def _pairs(count: int) -> list[tuple[str, str]]:
+    rng = random.Random(7)
+    originals = [prose(rng, rng.randrange(60, 600)) for _ in range(count)]
+    return [(" ".join(words), " ".join(near_duplicate(rng, words))) for words in originals]
+
+
+def test_estimates_of_similarity_are_as_good_as_those_of_plain_minhash() -> None:
+    pairs = _pairs(150)
+    true = np.array([jaccard(a, b) for a, b in pairs])
+    a, b = (minhash.signatures([pair[side] for pair in pairs]) for side in (0, 1))
+    full = (a == b).mean(axis=1)
+    sketched = minhash.similarity(minhash.sketches(a), minhash.sketches(b))
+    oracle = np.array([_datasketch(x).jaccard(_datasketch(y)) for x, y in pairs])
+    error = np.sqrt(true * (1 - true) / 128)
+    for estimate, widened in ((full, 1.0), (sketched, 1.1), (oracle, 1.0)):
+        assert (np.abs(estimate - true) <= 4 * widened * error + 0.01).all()
+    assert np.sqrt(np.mean((full - true) ** 2)) < 1.25 * np.sqrt(np.mean((oracle - true) ** 2))
+    assert abs(np.mean(sketched - true)) < 3 * np.mean(error) / np.sqrt(len(pairs))
+
+
+def _datasketch(text: str) -> datasketch.MinHash:
+    oracle = datasketch.MinHash(num_perm=128)
+    words = text.split()
+    oracle.update_batch([" ".join(words[i : i + 5]).encode() for i in range(len(words) - 4)])
+    return oracle
+
+
+def test_unrelated_texts_have_no_similarity_on_average() -> None:
+    rng = random.Random(3)
+    sketches = minhash.sketches(minhash.signatures([" ".join(prose(rng, 300)) for _ in range(200)]))
+    estimates = minhash.similarity(sketches[:100], sketches[100:])
+    assert abs(estimates.mean()) < 0.01
+    assert estimates.max() < 0.15
+
+
+def test_signature_of_a_text_depends_on_no_neighbour() -> None:
+    texts = [" ".join(prose(random.Random(i), 40 * i)) for i in range(20)]
+    together = minhash.signatures(texts)
+    assert np.array_equal(together, np.concatenate([minhash.signatures([text]) for text in texts]))
+    assert minhash.signatures([]).shape == (0, 128)
+
+
+def test_short_texts_match_their_like_only() -> None:
+    a, b, c, blank, empty = minhash.signatures(["Only three words", "only three WORDS!", "three words only", " ", ""])
+    assert np.array_equal(a, b)
+    assert (a != c).mean() > 0.9
+    assert np.array_equal(blank, empty)
+    assert not np.array_equal(blank, a)
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.6, 0.7, 0.8, 0.9])
+def test_bands_find_pairs_at_the_threshold_and_pass_over_strangers(threshold: float) -> None:
+    bands, rows = minhash.bands_for(threshold)
+    assert bands * rows <= 128
+    assert 1 - (1 - threshold**rows) ** bands > 0.95
+    assert 1 - (1 - (threshold / 5) ** rows) ** bands < 0.05
+
+
+def test_band_keys_agree_where_all_rows_of_the_same_band_do() -> None:
+    signatures = np.random.default_rng(0).integers(0, 2**32, (2, 128), dtype=np.uint32)
+    signatures[1, :30] = signatures[0, :30]
+    signatures[1, 36:48] = signatures[0, 24:36]  # the rows of other bands
+    keys = minhash.band_keys(signatures, 21, 6)
+    assert (keys[0] == keys[1]).tolist() == [True] * 5 + [False] * 16
+    assert len(np.unique(keys[0])) == 21
+
+
+def _linked(texts: list[str], documents: np.ndarray, threshold: float) -> set[tuple[int, int]]:
+    signatures = minhash.signatures(texts)
+    bands, rows = minhash.bands_for(threshold)
+    keys, sketches = minhash.band_keys(signatures, bands, rows), minhash.sketches(signatures)
+    edges = minhash.duplicate_edges(
+        keys.ravel(), np.repeat(documents, bands), np.repeat(sketches, bands, axis=0), threshold
+    )
+    return {(int(a), int(b)) for a, b in edges}
+
+
+def test_injected_near_duplicates_are_found_and_little_else() -> None:
+    pairs = _pairs(300)
+    texts = [text for pair in pairs for text in pair]
+    order = random.Random(2).sample(range(len(texts)), len(texts))
+    documents = (np.arange(len(texts), dtype=np.uint64) << np.uint64(32)) | np.uint64(5)
+    edges = _linked([texts[i] for i in order], documents[order], 0.8)
+    found = {(a >> 32, b >> 32) for a, b in edges}
+    true = {(2 * i, 2 * i + 1): jaccard(*pair) for i, pair in enumerate(pairs)}
+    alike = {pair for pair, similarity in true.items() if similarity >= 0.8}
+    assert len(alike) > 100
+    assert len(alike & found) >= 0.98 * len(alike)
+    assert found <= {pair for pair, similarity in true.items() if similarity > 0.6}
+    assert all(a < b for a, b in edges)
+
+
+def test_every_copy_in_a_large_bucket_is_linked_to_its_first() -> None:
+    sketch = minhash.sketches(minhash.signatures(["some text that stands in many places on the web"]))
+    documents = np.random.default_rng(1).permutation(np.arange(10, 50_010, dtype=np.uint64))
+    keys = np.zeros(len(documents), dtype=np.uint64)
+    edges = minhash.duplicate_edges(keys, documents, np.repeat(sketch, len(documents), axis=0), 0.8)
+    assert np.array_equal(edges, [(10, document) for document in range(11, 50_010)])
+
+
+def test_groups_in_one_bucket_are_linked_to_representatives_of_their_own() -> None:
+    texts = [" ".join(prose(random.Random(group), 80)) for group in range(3)]
+    sketches = minhash.sketches(minhash.signatures([texts[i % 3] for i in range(12)]))
+    edges = minhash.duplicate_edges(np.ones(12, np.uint64), np.arange(12, dtype=np.uint64), sketches, 0.8)
+    assert edges.tolist() == [[i % 3, i] for i in sorted(range(3, 12), key=lambda i: (i % 3, i))]
+
+
+def test_records_of_different_buckets_are_not_compared() -> None:
+    sketches = np.zeros((4, 64), dtype=np.uint8)
+    edges = minhash.duplicate_edges(np.array([1, 2, 1, 3], np.uint64), np.array([9, 8, 7, 6], np.uint64), sketches, 0.8)
+    assert edges.tolist() == [[7, 9]]
+    nothing = minhash.duplicate_edges(np.empty(0, np.uint64), np.empty(0, np.uint64), sketches[:0], 0.8)
+    assert nothing.shape == (0, 2)
+
+
+@pytest.mark.skipif(not (SHARED_DATA / "corpus").is_dir(), reason="needs the sample corpora next to the repository")
+def test_near_duplicates_of_real_papers_are_found() -> None:
+    lines = (SHARED_DATA / "corpus" / "plos-starter.jsonl").read_text().splitlines()[:40]
+    originals = [json.loads(line)["text"][:3000] for line in lines]
+    rng = random.Random(11)
+    copies = [" ".join(w for word in text.split() for w in _edit(rng, word, 0.01)) for text in originals]
+    found = _linked(originals + copies, np.arange(80, dtype=np.uint64), 0.8)
+    alike = {(i, 40 + i) for i, pair in enumerate(zip(originals, copies, strict=True)) if jaccard(*pair) >= 0.8}
+    assert len(alike) >= 35
+    assert len(alike - found) <= 1
+
+
+# --- components -------------------------------------------------------------------------------------------------
+
+
+def _smallest_of_component(edges: list[tuple[int, int]]) -> dict[int, int]:
+    """By depth-first search."""
+    neighbours: dict[int, set[int]] = {}
+    for a, b in edges:
+        neighbours.setdefault(a, set()).add(b)
+        neighbours.setdefault(b, set()).add(a)
+    smallest: dict[int, int] = {}
+    for node in sorted(neighbours):
+        waiting = [node] if node not in smallest else []
+        while waiting:
+            if (current := waiting.pop()) not in smallest:
+                smallest[current] = node
+                waiting.extend(neighbours[current])
+    return smallest
+
+
+def _rounds(edges: np.ndarray, partitions: int) -> tuple[dict[int, int], int]:
+    """(document -> representative, rounds) as a driver over several partitions finds them."""
+
+    def by_center(step: Callable[[np.ndarray], np.ndarray], records: np.ndarray) -> list[np.ndarray]:
+        where = components.mix(records[:, 0].copy()) % np.uint64(partitions)
+        return [step(records[where == partition]) for partition in range(partitions)]
+
+    before = None
+    for number in itertools.count(1):
+        records = np.concatenate(by_center(components.large_star, components.symmetric(edges)))
+        parts = by_center(components.small_star, records)
+        edges = np.concatenate(parts)
+        now = sum(components.checksum(part) for part in parts) % 2**64
+        if now == before:
+            assert len(np.unique(edges[:, 0])) == len(edges)
+            return dict(edges.tolist()), number
+        before = now
+    raise AssertionError
+
+
+GRAPHS = st.lists(
+    st.tuples(st.integers(0, 40), st.integers(0, 40)).filter(lambda edge: edge[0] != edge[1]), max_size=60
+)
+
+
+def _as_edges(pairs: list[tuple[int, int]]) -> np.ndarray:
+    """Documents of many units, so that the numbers do not fit 32 bits."""
+    return np.sort(np.array(pairs, dtype=np.uint64).reshape(-1, 2) << np.uint64(32), axis=1)
+
+
+@given(GRAPHS, st.integers(1, 5))
+def test_rounds_over_partitions_find_the_components(pairs: list[tuple[int, int]], partitions: int) -> None:
+    true = {node << 32: least << 32 for node, least in _smallest_of_component(pairs).items() if node != least}
+    shrunk = [components.forest(part) for part in np.array_split(_as_edges(pairs), partitions)]
+    assert _rounds(_as_edges(pairs), partitions)[0] == true
+    assert _rounds(np.concatenate(shrunk), partitions)[0] == true
+
+
+@given(GRAPHS)
+def test_components_are_those_of_a_search(pairs: list[tuple[int, int]]) -> None:
+    nodes, representatives = components.components(_as_edges(pairs))
+    true = _smallest_of_component(pairs)
+    assert nodes.tolist() == [node << 32 for node in sorted(true)]
+    assert representatives.tolist() == [true[node] << 32 for node in sorted(true)]
+
+
+@given(GRAPHS)
+def test_a_forest_connects_the_same_nodes_with_the_fewest_edges(pairs: list[tuple[int, int]]) -> None:
+    forest = components.forest(_as_edges(pairs))
+    true = _smallest_of_component(pairs)
+    assert len(forest) == len(true) - len(set(true.values()))
+    assert {(int(a) >> 32, int(b) >> 32) for a, b in forest} == {(least, n) for n, least in true.items() if n != least}
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_chain_takes_logarithmically_many_rounds(ordered: bool) -> None:
+    nodes = 10_000
+    ids = np.arange(nodes) if ordered else np.random.default_rng(4).permutation(nodes)
+    edges = np.sort(np.stack([ids[:-1], ids[1:]], axis=1), axis=1).astype(np.uint64)
+    found, rounds = _rounds(edges, 8)
+    shrunk = np.concatenate([components.forest(part) for part in np.array_split(edges, 8)])
+    log.info("a chain of %d: %d rounds, %d from the forests of 8 partitions", nodes, rounds, _rounds(shrunk, 8)[1])
+    assert found == dict.fromkeys(range(1, nodes), 0)
+    assert rounds <= 1.5 * math.log2(nodes)
+    assert _rounds(shrunk, 8)[1] <= 6

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.data import components, minhash, ngrams
+from orchestrator.data import components, minhash, ngrams, spans
 from tests.conftest import SHARED_DATA
 
 log = logging.getLogger(__name__)
@@ -313,3 +313,154 @@ def test_a_chain_takes_logarithmically_many_rounds(ordered: bool) -> None:
     assert found == dict.fromkeys(range(1, nodes), 0)
     assert rounds <= 1.5 * math.log2(nodes)
     assert _rounds(shrunk, 8)[1] <= 6
+
+
+# --- spans ------------------------------------------------------------------------------------------------------
+
+
+def _spans(texts: list[bytes], candidates: int) -> list[list[tuple[int, int]]]:
+    """Each text's spans that stand in earlier ones, as a driver with one partition finds them."""
+    records = [spans.fingerprints(text) for text in texts]
+    documents = np.repeat(np.arange(len(texts), dtype=np.uint64), [len(hashes) for hashes, _ in records])
+    hashes, offsets = (np.concatenate([record[i] for record in records]) for i in (0, 1))
+    pairs: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    shuffled = np.random.default_rng(0).permutation(len(hashes))
+    rows = spans.first_matches(hashes[shuffled], documents[shuffled], offsets[shuffled], candidates)
+    for document, offset, other, other_offset in zip(*(column.tolist() for column in rows), strict=True):
+        pairs.setdefault((document, other), []).append((offset, other_offset))
+    found: list[list[tuple[int, int]]] = [[] for _ in texts]
+    for (document, other), matches in pairs.items():
+        assert other < document
+        found[document] += spans.common_spans(texts[document], matches, texts[other])
+    return found
+
+
+def _covered(found: list[tuple[int, int]]) -> set[int]:
+    return {position for start, end in found for position in range(start, end)}
+
+
+def _covered_by_search(text: bytes, earlier: list[bytes], skip_repeats: bool) -> set[int]:
+    """Positions of every 100 bytes that stand in an earlier text, perhaps without those of one repeated byte."""
+    covered: set[int] = set()
+    for start in range(len(text) - 99):
+        window = text[start : start + 100]
+        if any(window in other for other in earlier) and not (skip_repeats and len(set(window)) == 1):
+            covered.update(range(start, start + 100))
+    return covered
+
+
+@st.composite
+def _texts_with_copies(draw: st.DrawFn) -> list[bytes]:
+    """Up to five texts over two letters, joined from slices of a few blocks, some of them periodic."""
+    rng = random.Random(draw(st.integers(0, 2**32)))
+    blocks = [bytes(rng.choices(b"ab", k=rng.randrange(20, 250))) for _ in range(4)]
+    blocks += [b"a" * 130, b"ab" * 70, b"aab" * 60, b"b" * 60]
+    pieces = st.tuples(st.sampled_from(blocks), st.integers(0, 60), st.integers(40, 250))
+    texts = draw(st.lists(st.lists(pieces, min_size=1, max_size=5), min_size=2, max_size=5))
+    return [b"".join(block[start:end] for block, start, end in text) for text in texts]
+
+
+@given(_texts_with_copies())
+def test_spans_are_exactly_those_of_a_search(texts: list[bytes]) -> None:
+    for document, found in enumerate(_spans(texts, candidates=10_000)):
+        covered = _covered(found)
+        assert covered >= _covered_by_search(texts[document], texts[:document], skip_repeats=True)
+        assert covered <= _covered_by_search(texts[document], texts[:document], skip_repeats=False)
+        assert all(end - start >= 100 for start, end in found)
+
+
+@given(_texts_with_copies())
+def test_first_occurrences_alone_lead_to_no_wrong_span(texts: list[bytes]) -> None:
+    for document, found in enumerate(_spans(texts, candidates=1)):
+        for start, end in found:
+            assert any(texts[document][start:end] in other for other in texts[:document])
+
+
+def test_a_copy_of_exactly_100_bytes_is_found_anywhere() -> None:
+    rng = random.Random(5)
+    first = rng.randbytes(3000)
+    for start in range(0, 2900, 97):
+        around = rng.randbytes(40_000)
+        at = rng.randrange(len(around))
+        copied = around[:at] + first[start : start + 100] + around[at:]
+        assert (at, at + 100) in [(max(a, at), min(b, at + 100)) for a, b in _spans([first, copied], 1)[1]]
+        assert not _spans([first, around[:at] + first[start : start + 98] + around[at:]], 1)[1]
+
+
+def test_fingerprints_are_the_rightmost_minima_of_all_windows() -> None:
+    text = random.Random(8).randbytes(40_000) + b"0123456789" * 30 + random.Random(9).randbytes(500)
+    hashes = ngrams.rolling_hashes(np.frombuffer(text, np.uint8), 50)
+    windows = np.lib.stride_tricks.sliding_window_view(hashes, 51)
+    expected = np.unique(np.arange(len(windows)) + 50 - windows[:, ::-1].argmin(axis=1))
+    found, offsets = spans.fingerprints(text)
+    assert np.array_equal(offsets, expected)
+    assert np.array_equal(found, hashes[expected])
+    assert 24 < 40_000 / (offsets < 40_000).sum() < 28
+
+
+def test_runs_of_one_byte_are_no_fingerprints() -> None:
+    hashes, offsets = spans.fingerprints(
+        random.Random(1).randbytes(300) + b"-" * 5000 + random.Random(2).randbytes(300)
+    )
+    assert len(np.unique(hashes)) == len(hashes) < 60
+    assert not ((offsets >= 300) & (offsets <= 5250)).any()
+    assert [len(spans.fingerprints(text)[0]) for text in (b"", b"a" * 99, b"-" * 500)] == [0, 0, 0]
+
+
+def test_what_a_document_repeats_itself_matches_nothing() -> None:
+    passage, rng = random.Random(3).randbytes(400), random.Random(4)
+    texts = [passage + rng.randbytes(200) + passage, rng.randbytes(50) + passage + rng.randbytes(50) + passage]
+    first, second = _spans(texts, 1)
+    assert first == []
+    assert second == [(50, 450), (500, 900)]
+
+
+PARAGRAPHS = [
+    "The first paragraph, naïve and long. " * 3,
+    "Zweiter Absatz über Flüsse. " * 4,
+    "".join(chr(0x4E00 + 7 * i) for i in range(90)),
+    "# End",
+]
+
+
+def test_a_copied_paragraph_goes_and_its_neighbours_stay_whole() -> None:
+    text = "\n\n".join(PARAGRAPHS).encode()
+    other = ("Something else, " + PARAGRAPHS[0][5:] + "\n\n" + PARAGRAPHS[1] + "\n\n" + PARAGRAPHS[2][:50]).encode()
+    found = _spans([other, text], 1)[1]
+    parts = spans.removed(text, found)
+    assert [text[a:b].decode() for a, b in parts] == [PARAGRAPHS[1]]
+    assert spans.cut(text, parts) == "\n\n".join([PARAGRAPHS[0], *PARAGRAPHS[2:]])
+
+
+def test_small_gaps_between_spans_are_bridged() -> None:
+    text = b"x" * 150 + b"1234" + b"y" * 150
+    assert spans.removed(text, [(154, 304), (0, 150)]) == [(0, 304)]
+    assert spans.removed(text, [(0, 149), (154, 304)]) == []
+    assert spans.removed(text, [(0, 300), (20, 150), (300, 304)]) == [(0, 304)]
+
+
+def test_lines_are_paragraphs_where_no_blank_line_is() -> None:
+    text = b"one " * 30 + b"\n" + b"two " * 30 + b"\n" + b"three"
+    assert spans.removed(text, [(60, 245)]) == [(121, 241)]
+    assert spans.removed(text.replace(b"\n", b"\n\n", 1), [(60, 245)]) == []
+
+
+@given(
+    st.lists(st.text(alphabet="aé第\n \t", max_size=12), max_size=12).map("\n".join),
+    st.lists(st.tuples(st.integers(0, 80), st.integers(0, 80)).map(sorted), max_size=4),
+)
+def test_only_whole_paragraphs_inside_the_spans_are_removed(text: str, found: list[list[int]]) -> None:
+    data = text.encode()
+    inside = [(min(a, len(data)), min(b, len(data))) for a, b in found]
+    parts = spans.removed(data, inside)
+    bridged = _covered(inside) | {i for i in range(len(data)) if _is_in_gap(i, inside)}
+    assert _covered(parts) <= bridged
+    for start, end in parts:
+        assert start == 0 or data[start - 1 : start] == b"\n"
+        assert end == len(data) or data[end : end + 1] == b"\n"
+    assert "\n\n\n" not in spans.cut(data, parts)
+    assert set(spans.cut(data, parts)) <= set(text)
+
+
+def _is_in_gap(position: int, found: list[tuple[int, int]]) -> bool:
+    return any(b <= position < c <= b + 4 for _, b in found for c, _ in found)

@@ -154,7 +154,7 @@ def partitions(
     def run(part: int) -> int:
         return work(found, part, *ranges[part])
 
-    results = run_tasks(what, run, range(count), progress)
+    results = run_tasks(f"compare ({kind})", run, range(count), progress)
     found.publish(kind, results)
     return results
 
@@ -268,11 +268,11 @@ def _ranges(count: int) -> list[tuple[int, int]]:
 
 
 def _write_edges(found: Duplicates, kind: str, part: int, edges: np.ndarray) -> int:
-    """Write edges [n, 2] cut by their first node. Returns a checksum of their set."""
+    """Write records [n, 2] cut by their first node. Returns a checksum of their set."""
     pairs = np.empty(len(edges), PAIR)
     pairs["document"], pairs["first"] = edges[:, 0], edges[:, 1]
     buckets.write(found.path(kind, part), pairs, buckets.by_key(mix(edges[:, 0])), buckets.KEY_BUCKETS)
-    return int(mix(mix(edges[:, 0]) + edges[:, 1]).sum(dtype=np.uint64)) if len(edges) else 0
+    return components.checksum(edges)
 
 
 def _read_edges(found: Duplicates, kind: str, first: int, last: int) -> np.ndarray:

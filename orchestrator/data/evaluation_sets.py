@@ -31,7 +31,7 @@ def index_evaluation_sets(path: str | None, corpus: CorpusDir) -> str:
         raise UserError(f"corpus.decontaminate: no {', '.join(SUFFIXES)} file at {path}", "give a directory of them")
     index = contamination.index(text for entry in entries for text in read_texts(storage.join(path, entry.name)))
     if not len(index):
-        raise UserError(f"corpus.decontaminate: no text of {contamination.NGRAM} words or more at {path}")
+        raise UserError(f"corpus.decontaminate: no text of 13 words or more at {path}")
     storage.write(corpus.contamination, index.astype("<u8").tobytes())
     return str(xxhash.xxh3_128_hexdigest(index.tobytes()))
 

@@ -13,6 +13,7 @@ from orchestrator.data.components import unique
 from orchestrator.data.ngrams import ngram_rows
 from orchestrator.data.splitmix import mix
 
+SKETCH_BYTES = 64
 _SEED = 0x7E11
 _BATCH = 1 << 19
 """Characters hashed at a time."""

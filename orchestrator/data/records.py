@@ -73,7 +73,7 @@ def text_of(record: Any, source: Source) -> str:
     text = record.get(source.text_field)
     if isinstance(text, str):
         return text
-    if s2orc.is_paper(record):
+    if s2orc.is_record(record):
         return s2orc.from_record(record)
     title, abstract = record.get("title"), record.get("abstract")
     if isinstance(title, str) and isinstance(abstract, str):

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.data import components, minhash, ngrams, spans
+from orchestrator.data import components, contamination, minhash, ngrams, spans
 from tests.conftest import SHARED_DATA
 
 log = logging.getLogger(__name__)
@@ -464,3 +464,38 @@ def test_only_whole_paragraphs_inside_the_spans_are_removed(text: str, found: li
 
 def _is_in_gap(position: int, found: list[tuple[int, int]]) -> bool:
     return any(b <= position < c <= b + 4 for _, b in found for c, _ in found)
+
+
+# --- contamination ----------------------------------------------------------------------------------------------
+
+
+def test_hits_count_the_shared_runs_of_13_words_whatever_the_layout() -> None:
+    item = [f"word{i}" for i in range(20)]
+    index = contamination.index([" ".join(item), "another question of the same evaluation " * 3])
+    for shared in range(21):
+        document = f"Before. {', '.join(item[:shared]).upper()}\n\nand after, " + " ".join(prose(random.Random(1), 50))
+        assert contamination.hits(document, index) == max(shared - 12, 0)
+    assert contamination.hits(" ".join(item * 2), index) == 2 * 8
+
+
+def test_hits_are_those_of_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contamination, "_BATCH", 7)
+    rng = random.Random(6)
+    items = [[rng.choice("abc") for _ in range(rng.randrange(40))] for _ in range(50)]
+    document = [rng.choice("abc") for _ in range(3000)]
+    runs = {tuple(item[i : i + 6]) for item in items for i in range(len(item) - 5)}
+    index = contamination.index((" ".join(item) for item in items), n=6)
+    assert len(index) == len(runs)
+    assert np.array_equal(index, np.unique(index))
+    expected = sum(tuple(document[i : i + 6]) in runs for i in range(len(document) - 5))
+    assert 0 < expected < len(document) - 5
+    assert contamination.hits(" ".join(document), index, n=6) == expected
+
+
+def test_short_items_are_left_out_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger=contamination.__name__):
+        index = contamination.index(["What is the nearest star?", "The Sun", " ".join(WORDS[:14])])
+    assert len(index) == 2
+    assert "3 items; 2 have fewer words" in caplog.text
+    assert contamination.hits("What is the nearest star? The Sun", index) == 0
+    assert contamination.hits(" ".join(WORDS), contamination.index([])) == 0

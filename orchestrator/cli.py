@@ -191,8 +191,12 @@ def stop(run: RunPath) -> None:
 @app.command()
 def corpus(
     place: Annotated[str, typer.Argument(metavar="RUN_OR_DIR", help="a run, or a corpus directory")],
-    trace: Annotated[int | None, typer.Option(help="name the documents of a run's step, or of a corpus's sample")] = None,
-    dropped: Annotated[str | None, typer.Option(help="list documents that were dropped for this reason, or all")] = None,
+    trace: Annotated[
+        int | None, typer.Option(help="name the documents of a run's step, or of a corpus's sample")
+    ] = None,
+    dropped: Annotated[
+        str | None, typer.Option(help="list documents that were dropped for this reason, or all")
+    ] = None,
     limit: Annotated[int, typer.Option(help="of the documents listed")] = 100,
     as_json: AsJson = False,
 ) -> None:

@@ -37,7 +37,9 @@ def find_corpus(location: str) -> Corpus:
     corpus = run.corpus if is_run else uri
     manifest = load_manifest(corpus)
     if manifest is None:
-        hint = f"terrane run ... --stage corpus makes it in {corpus}" if is_run else "give a run or its corpus directory"
+        hint = (
+            f"terrane run ... --stage corpus makes it in {corpus}" if is_run else "give a run or its corpus directory"
+        )
         raise UserError(f"no finished corpus at {corpus}", hint)
     return Corpus(corpus, manifest, run.recipe() if is_run else None)
 

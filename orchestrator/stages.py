@@ -143,9 +143,7 @@ def _corpus_done(session: _Session) -> bool:
 
 def _make_corpus(session: _Session) -> None:
     session.connect()
-    manifest = pipeline.build_corpus(
-        session.recipe, session.run.corpus, session.files, session.console.progress
-    )
+    manifest = pipeline.build_corpus(session.recipe, session.run.corpus, session.files, session.console.progress)
     documents, train = manifest.documents, manifest.splits["train"]
     dropped = ", ".join(f"{count} {reason}" for reason, count in documents["dropped"].items())
     log.info(

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any
+from typing import IO, Any
 
 from orchestrator.errors import StorageError
 
@@ -188,7 +188,7 @@ def _local_entry(root: Path, name: str) -> Entry | None:
 
 
 @contextlib.contextmanager
-def reading(uri: str) -> Iterator[io.BufferedReader]:
+def reading(uri: str) -> Iterator[IO[bytes]]:
     """A seekable stream of the bytes at uri that holds a few MiB at a time.
 
     Raises:
@@ -245,7 +245,6 @@ class _S3Blocks(io.RawIOBase):
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
-
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """The shuffle: a task writes its records cut into buckets, in one file; a later task reads its buckets of every file.
 
-A file is `count + 1` little-endian int64 positions, then the records, sorted by bucket. It costs no memory beyond what a
-task asks for, and a finished file need not be made again after a failure.
+A file is `count + 1` little-endian int64 positions, then the records, sorted by bucket. It costs no memory beyond what
+a task asks for, and a finished file need not be made again after a failure.
 """
 
 from __future__ import annotations
@@ -49,4 +49,4 @@ def read(uri: str, dtype: Any, first: int, last: int, count: int) -> np.ndarray:
 
 def size(uri: str, dtype: Any, count: int) -> int:
     """Number of records in a file."""
-    return (storage.size(uri) - 8 * (count + 1)) // np.dtype(dtype).itemsize
+    return int(storage.size(uri) - 8 * (count + 1)) // int(np.dtype(dtype).itemsize)

@@ -8,6 +8,7 @@ the first of several stays.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -264,7 +265,7 @@ def _finish(found: Duplicates, part: int, documents: np.ndarray, firsts: np.ndar
 def _ranges(count: int) -> list[tuple[int, int]]:
     """The buckets of each of `count` partitions."""
     edges = [buckets.KEY_BUCKETS * part // count for part in range(count + 1)]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(itertools.pairwise(edges))
 
 
 def _write_edges(found: Duplicates, kind: str, part: int, edges: np.ndarray) -> int:

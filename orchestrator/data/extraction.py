@@ -1,4 +1,4 @@
-"""Read one unit: files -> Markdown -> cleaned documents worth keeping, with what deduplication needs to know of them."""
+"""Read one unit: files -> Markdown -> clean documents worth keeping, with what deduplication needs to know of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from orchestrator import storage
-from orchestrator.config import CorpusConfig, Source
+from orchestrator.config import CorpusConfig
 from orchestrator.data import buckets, contamination, language, minhash, quality, steps
 from orchestrator.data.documents import Document, Dropped, read_documents
 from orchestrator.data.layout import CorpusDir

@@ -71,7 +71,8 @@ def data_order(manifest: Manifest, recipe: Recipe) -> Order:
     Raises:
         UserError: the mixture draws from a source of less than one sequence.
     """
-    pools, stages = (Pool(0, manifest.sequences("train")),), (Stage((1.0,)),)
+    pools: tuple[Pool, ...] = (Pool(0, manifest.sequences("train")),)
+    stages: tuple[Stage, ...] = (Stage((1.0,)),)
     if recipe.corpus.mixture:
         names = [source.name for source in recipe.corpus.sources]
         pools = tuple(_pool(manifest, name) for name in names)

@@ -41,8 +41,8 @@ class Stage:
 class Order:
     """Positions in the order go to pools by the weights of their stage, evenly spread.
 
-    Every pool is drawn in epochs, each a permutation of its own, joined across stages: within a pool no sample is dropped
-    or repeated at a seam.
+    Every pool is drawn in epochs, each a permutation of its own, joined across stages: within a pool no sample is
+    dropped or repeated at a seam.
     """
 
     pools: tuple[Pool, ...]

@@ -23,6 +23,9 @@ from orchestrator.data.texts import read_texts
 FINGERPRINT = np.dtype([("key", "<u8"), ("row", "<u4"), ("offset", "<u4")])
 MATCH = np.dtype([("document", "<u8"), ("first", "<u8"), ("offset", "<u4"), ("first_offset", "<u4")])
 
+CANDIDATES = 4
+"""Earlier documents that a fingerprint is compared with: more find more of what is rare, see spans.first_matches."""
+
 Span = tuple[int, int]
 
 
@@ -80,7 +83,7 @@ def fingerprint_unit(found: Duplicates, unit: int) -> tuple[str, int]:
 
 def _match_part(found: Duplicates, kinds: Sequence[str], part: int, first: int, last: int) -> int:
     records, documents = read_index(found.corpus, kinds, found.units, FINGERPRINT, first, last)
-    columns = spans.first_matches(records["key"], documents, records["offset"])
+    columns = spans.first_matches(records["key"], documents, records["offset"].astype(np.int64), CANDIDATES)
     matches = np.empty(len(columns[0]), MATCH)
     for name, column in zip(("document", "offset", "first", "first_offset"), columns, strict=True):
         matches[name] = column
@@ -100,7 +103,9 @@ def cuts(passages: Passages, unit: int) -> dict[int, list[Span]]:
         chosen = matches[buckets.by_unit(matches["first"]) == other]
         theirs = _rows(corpus, int(other), chosen["first"])
         # Sorted by document, then by the document that it is compared with.
-        for (document, first), group in itertools.groupby(chosen, key=lambda match: (match["document"], match["first"])):
+        for (document, first), group in itertools.groupby(
+            chosen, key=lambda match: (match["document"], match["first"])
+        ):
             pairs = [(int(match["offset"]), int(match["first_offset"])) for match in group]
             row = int(document) & 0xFFFFFFFF
             common[row] += spans.common_spans(own[row], pairs, theirs[int(first) & 0xFFFFFFFF])

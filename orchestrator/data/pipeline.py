@@ -1,8 +1,8 @@
 """Sources -> Corpus, on Ray Data: read and clean, deduplicate, train a tokenizer, tokenise, pack, write shards.
 
-Work is cut into units of files. What a unit's task gives is marked when it is whole and named by all that it depends on,
-so the same command does what is missing: after a failure, after new files, after another setting. The manifest is
-written last, and a corpus without it is unfinished.
+Work is cut into units of files. What a unit's task gives is marked when it is whole, under a digest of all that it
+depends on, so the same command does what is missing: after a failure, after new files, after another setting. The
+manifest is written last, and a corpus without it is unfinished.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from orchestrator.data.extraction import UnitFacts, condemn, read_unit
 from orchestrator.data.layout import CorpusDir
 from orchestrator.data.manifest import Manifest, data_order, save_manifest
 from orchestrator.data.packing import SPLITS, PackedUnit, PackSettings, pack_unit, tokenizer_key
-from orchestrator.data.passages import Passages, find_passages
+from orchestrator.data.passages import find_passages
 from orchestrator.data.sampling import sample_unit, train_tokenizer
 from orchestrator.data.sources import SourceFile, Unit
 from orchestrator.data.tasks import Progress, run_alone, run_tasks
@@ -260,7 +260,9 @@ def _splits(
 
 def _sweep(corpus: CorpusDir, found: Duplicates, manifest: Manifest) -> None:
     """Delete what only the work needed, and what another set of units left behind."""
-    shards_now = {name for split in SPLITS for s in manifest.shards(split) for name in (s.name, s.name + shards.SIDECAR)}
+    shards_now = {
+        name for split in SPLITS for s in manifest.shards(split) for name in (s.name, s.name + shards.SIDECAR)
+    }
     units_now = {f"unit-{unit:06d}" for unit in found.units}
     for name in storage.list_files(corpus.uri):
         top, _, rest = name.partition("/")

@@ -1,4 +1,4 @@
-"""The tokenizer's training text: a random sample of the training documents, set aside unit by unit, then read by one task."""
+"""The tokenizer's text: a random sample of the training documents, set aside unit by unit and read by one task."""
 
 from __future__ import annotations
 

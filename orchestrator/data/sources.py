@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,7 +144,11 @@ def _has(unit: Unit, files: set[SourceFile]) -> bool:
 def units_as_json(units: list[Unit]) -> list[Any]:
     """Plain values, for the corpus directory."""
     return [
-        [u.number, u.source, [[p.start, p.end, p.file.uri, p.file.name, p.file.bytes, p.file.version] for p in u.pieces]]
+        [
+            u.number,
+            u.source,
+            [[p.start, p.end, p.file.uri, p.file.name, p.file.bytes, p.file.version] for p in u.pieces],
+        ]
         for u in units
     ]
 
@@ -160,7 +165,7 @@ def _pieces(file: SourceFile, limit: int) -> list[tuple[Piece, int]]:
         return [(Piece(file), file.bytes)]
     count = -(-file.bytes // limit)
     edges = [file.bytes * index // count for index in range(count + 1)]
-    return [(Piece(file, a, b), b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    return [(Piece(file, a, b), b - a) for a, b in itertools.pairwise(edges)]
 
 
 def _before_glob(path: str) -> str:

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.data.order import Order
 from orchestrator.data.manifest import Manifest
+from orchestrator.data.order import Order
 from orchestrator.data.shards import ShardReader
 from orchestrator.data.tasks import quiet_ray_data
 from orchestrator.errors import RunFailed, StorageError

@@ -67,9 +67,7 @@ def quiet_ray_data() -> None:
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
-def _run(
-    what: str, work: Callable[[Item], Result], items: Sequence[Item], progress: Progress
-) -> dict[int, Result]:
+def _run(what: str, work: Callable[[Item], Result], items: Sequence[Item], progress: Progress) -> dict[int, Result]:
     import ray
 
     if not items:

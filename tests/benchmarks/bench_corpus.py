@@ -16,21 +16,18 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
 import xxhash
 
 from orchestrator import cluster
 from orchestrator.config import Recipe
-from orchestrator.data import inspection, sampling, sources
-from orchestrator.data.layout import CorpusDir
+from orchestrator.data import pipeline, sources
 from orchestrator.data.manifest import Manifest
-from orchestrator.data import pipeline
 from tests.conftest import ROOT
 
 RESULTS = Path(__file__).with_name("results")
@@ -48,7 +45,9 @@ FILE_BYTES = 16 * MIB
 def installed_texts() -> Iterator[str]:
     """Every distinct text file of the installation, in a fixed random order."""
     roots = {sysconfig.get_paths()[name] for name in ("purelib", "stdlib")}
-    files = sorted({file for root in roots for file in Path(root).rglob("*") if file.suffix in SUFFIXES and file.is_file()})
+    files = sorted(
+        {file for root in roots for file in Path(root).rglob("*") if file.suffix in SUFFIXES and file.is_file()}
+    )
     random.Random(0).shuffle(files)
     seen: set[int] = set()
     for file in files:
@@ -218,7 +217,9 @@ def test_tokenise_to_shards(text: tuple[Path, int, Path, int], tmp_path: Path) -
     for what in ("datatrove_tokens", "datasets_map"):
         found[what] = peer(what, part, tmp_path / what, tokenizer)
     print()
-    rows = {"bare encode_batch_fast, two processes": row("bare encode_batch_fast, two processes", size, **found["bare"])}
+    rows = {
+        "bare encode_batch_fast, two processes": row("bare encode_batch_fast, two processes", size, **found["bare"])
+    }
     base = rows["bare encode_batch_fast, two processes"]["mib_per_cpu_s"]
     for name, usage in (("terrane, tokenise to shards", manifest_time), ("terrane, whole (tokenizer trained)", whole)):
         rows[name] = row(name, size, usage.cpu, usage.wall, base)

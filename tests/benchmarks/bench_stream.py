@@ -16,8 +16,8 @@ import pytest
 
 from orchestrator import cluster
 from orchestrator.data import shards, stream
-from orchestrator.data.order import uniform
 from orchestrator.data.manifest import Manifest
+from orchestrator.data.order import uniform
 
 RESULTS = Path(__file__).with_name("results")
 SAMPLES, LENGTH, STEPS, STEP_S, ROUNDS = 20_000, 256, 400, 0.02, 3

@@ -1,6 +1,7 @@
-"""What others do, run by the Python of .venv-peers: `peers.py WHAT INPUT OUTPUT TOKENIZER`; prints wall and CPU seconds.
+"""What others do, run by the Python of .venv-peers: `peers.py WHAT INPUT OUTPUT TOKENIZER`.
 
-INPUT holds JSON Lines with a string field `text`; two processes share its files. Start-up and imports are not counted.
+INPUT holds JSON Lines with a string field `text`; two processes share its files. Prints wall and CPU seconds, without
+start-up and imports.
 """
 
 from __future__ import annotations
@@ -14,7 +15,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+os.environ |= {
+    "TOKENIZERS_PARALLELISM": "false",
+    "RAYON_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
 WORKERS = 2
 
 
@@ -67,7 +73,9 @@ def datatrove_tokens(source: Path, out: Path, tokenizer: str) -> dict[str, float
         JsonlReader(str(source)),
         DocumentTokenizer(str(out), tokenizer, eos_token="</s>", shuffle_documents=False, batch_size=256),
     ]
-    executor = LocalPipelineExecutor(pipeline, tasks=WORKERS, workers=WORKERS, logging_dir=str(out / "logs"), start_method="fork")
+    executor = LocalPipelineExecutor(
+        pipeline, tasks=WORKERS, workers=WORKERS, logging_dir=str(out / "logs"), start_method="fork"
+    )
     return timed(executor.run)
 
 
@@ -87,7 +95,7 @@ def datasets_map(source: Path, out: Path, tokenizer: str) -> dict[str, float]:
 
 
 def datatrove_minhash(source: Path, out: Path, tokenizer: str) -> dict[str, float]:
-    """Signatures, buckets, clusters, filter, as its documentation has them. Leaves the kept documents in OUTPUT/kept."""
+    """Signatures, buckets, clusters, filter, as in its documentation. Leaves the kept documents in OUTPUT/kept."""
     from datatrove.executor import LocalPipelineExecutor
     from datatrove.pipeline.dedup import (
         MinhashDedupBuckets,

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pytest
 import yaml
@@ -24,7 +23,7 @@ from pyarrow import parquet
 
 from orchestrator import cluster, corpora, storage
 from orchestrator.config import Recipe
-from orchestrator.data import components, duplicates, inspection, sources
+from orchestrator.data import duplicates, inspection, sources
 from orchestrator.data import tokenizer as tokenizers
 from orchestrator.data.layout import CorpusDir
 from orchestrator.data.manifest import Manifest, data_order, load_manifest
@@ -34,7 +33,9 @@ from orchestrator.data.tasks import run_alone, run_tasks
 from orchestrator.errors import UserError
 from tests.conftest import ROOT
 
-WORDS = [f"{a}{b}{c}" for a in ("ba", "co", "di", "fu", "ge") for b in ("lan", "mer", "nis", "tor") for c in ("", "ic", "us")]
+WORDS = [
+    f"{a}{b}{c}" for a in ("ba", "co", "di", "fu", "ge") for b in ("lan", "mer", "nis", "tor") for c in ("", "ic", "us")
+]
 LENGTH = 32
 
 
@@ -88,7 +89,9 @@ def texts_of(uri: str, manifest: Manifest) -> list[str]:
 def files_at(uri: str, *parts: str) -> dict[str, int]:
     """When each file below a directory of a corpus was written."""
     folder = Path(uri, *parts)
-    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.stat().st_mtime_ns for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
 # --- what goes in comes out, or is named ------------------------------------------------------------------------------
@@ -111,7 +114,9 @@ def bad_and_good(folder: Path) -> dict[str, str]:
     (folder / "empty.md").write_bytes(b"")
     (folder / "random.pdf").write_bytes(random.Random(0).randbytes(5000))
     bomb = "".join(f'<!ENTITY {b} "{f"&{a};" * 10}">' for a, b in zip("abcdefgh", "bcdefghi", strict=True))
-    (folder / "bomb.xml").write_text(f'<!DOCTYPE article [<!ENTITY a "{"x" * 100}">{bomb}]><article><body>&i;</body></article>')
+    (folder / "bomb.xml").write_text(
+        f'<!DOCTYPE article [<!ENTITY a "{"x" * 100}">{bomb}]><article><body>&i;</body></article>'
+    )
     (folder / "exam.md").write_text(prose(104) + " " + " ".join(WORDS[5:25]) + " " + prose(105))
     return {
         "s/repeat.md": "exact duplicate",
@@ -135,7 +140,11 @@ def test_every_document_is_in_the_shards_or_named_with_its_reason(tmp_path: Path
     assert documents["read"] == documents["kept"] + sum(documents["dropped"].values())
     lost = {d.id: d.reason for d in inspection.dropped(uri)}
     assert expected.items() <= lost.items()
-    assert sorted(reason for id_, reason in lost.items() if "lines.jsonl" in id_) == ["broken json", "no text", "too short"]
+    assert sorted(reason for id_, reason in lost.items() if "lines.jsonl" in id_) == [
+        "broken json",
+        "no text",
+        "too short",
+    ]
     assert len(lost) == documents["read"] - documents["kept"] == len(expected) + 3
     assert documents["kept"] == 63
     kept = {prose(n) for n in (*range(60), 100, 101, 102)}
@@ -182,7 +191,11 @@ def test_a_corpus_on_s3_is_the_corpus_on_a_disk(tmp_path: Path, bucket: str) -> 
     local = build(recipe(tmp_path / "s", duplicate_spans=True), str(tmp_path / "corpus"))
     there = recipe(tmp_path / "s", duplicate_spans=True)
     there = there.model_copy(
-        update={"corpus": there.corpus.model_copy(update={"sources": (there.corpus.sources[0].model_copy(update={"path": f"{bucket}/in/s"}),)})}
+        update={
+            "corpus": there.corpus.model_copy(
+                update={"sources": (there.corpus.sources[0].model_copy(update={"path": f"{bucket}/in/s"}),)}
+            )
+        }
     )
     remote = build(there, f"{bucket}/corpus")
     assert remote.hash == local.hash
@@ -280,7 +293,8 @@ def test_a_killed_driver_goes_on_where_it_was(tmp_path: Path) -> None:
     uri = str(tmp_path / "runs" / "r" / "corpus")
     program = (
         "from orchestrator.data import sources; sources.MIN_UNIT_BYTES = 20_000\n"
-        f"from orchestrator.cli import run_job; raise SystemExit(run_job(('corpus',), [{str(tmp_path / 'recipe.yaml')!r}]))"
+        "from orchestrator.cli import run_job\n"
+        f"raise SystemExit(run_job(('corpus',), [{str(tmp_path / 'recipe.yaml')!r}]))"
     )
     import ray
 

@@ -1,4 +1,4 @@
-"""One unit of the corpus pipeline at a time, without Ray."""
+"""One unit of the corpus engine at a time, without Ray."""
 
 from __future__ import annotations
 
@@ -7,74 +7,131 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orchestrator.config import Recipe, Source
-from orchestrator.data import documents, pipeline, shards, steps
+from orchestrator.config import CorpusConfig
+from orchestrator.data import extraction, packing, sources
 from orchestrator.data import tokenizer as tokenizers
+from orchestrator.data.duplicates import PAIR, Duplicates, partitions
+from orchestrator.data.extraction import condemn, read_unit
+from orchestrator.data.layout import CorpusDir
+from orchestrator.data.packing import PackSettings, pack_unit
+from orchestrator.data.shards import ShardReader
+from orchestrator.data.sources import Unit, make_units
+from orchestrator.data.texts import read_texts
 
 TEXTS = ["alpha beta gamma. " * 20, "ALPHA  beta gamma. " * 20, "short", "delta epsilon zeta. " * 30]
 
 
+def config(folder: Path, **quality: object) -> CorpusConfig:
+    rules: dict[str, object] = dict.fromkeys(type(CorpusConfig.model_fields["quality"].default).model_fields)
+    return CorpusConfig.model_validate(
+        {
+            "sources": [{"name": "s", "path": str(folder)}],
+            "held_out": 1e-9,
+            "quality": rules | {"min_characters": 100, **quality},
+        }
+    )
+
+
 @pytest.fixture
-def unit(tmp_path: Path) -> pipeline.Unit:
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "in").mkdir()
     for number, text in enumerate(TEXTS):
-        (tmp_path / "in").mkdir(exist_ok=True)
         (tmp_path / "in" / f"{number}.md").write_text(text)
     (tmp_path / "in" / "9.md").write_bytes(b"\xff\xfe\xff")
-    return pipeline.make_units(documents.list_source(Source(name="s", path=str(tmp_path / "in"))))[0]
+    return tmp_path / "in"
 
 
-def test_documents_in_are_kept_and_dropped(unit: pipeline.Unit, tmp_path: Path) -> None:
-    found = pipeline.extract_unit(unit, str(tmp_path), min_characters=100)
-    masks = pipeline._first_of_each([found])
-    dropped = pipeline._dropped([found], masks)
-    assert dropped == {"exact duplicate": 1, "not utf-8": 1, "too short": 1}
-    assert found.read == masks[0].sum() + sum(dropped.values()) == 5
+@pytest.fixture
+def unit(folder: Path) -> Unit:
+    return make_units(sources.list_sources(config(folder)))[0]
+
+
+def test_a_unit_keeps_what_it_read_and_what_it_dropped(unit: Unit, folder: Path, tmp_path: Path) -> None:
+    facts = read_unit(unit, str(tmp_path), config(folder), "")
+    assert facts.dropped == {"not utf-8": 1, "too short": 1}
+    assert facts.read == facts.written + 2 == 5
+    corpus = CorpusDir(str(tmp_path))
+    kept = [row for batch in read_texts(corpus.documents(0), "id", "text") for row in zip(*batch, strict=True)]
+    assert kept == [("s/0.md", TEXTS[0].strip()), ("s/1.md", TEXTS[1].strip()), ("s/3.md", TEXTS[3].strip())]
+    lost = [row for batch in read_texts(corpus.dropped(0), "id", "reason", "text") for row in zip(*batch, strict=True)]
+    assert lost == [("s/2.md", "too short", "short"), ("s/9.md", "not utf-8", "")]
 
 
 def test_a_unit_that_was_read_is_not_read_again(
-    unit: pipeline.Unit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    unit: Unit, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = pipeline.extract_unit(unit, str(tmp_path), min_characters=100)
+    first = read_unit(unit, str(tmp_path), config(folder), "")
     with monkeypatch.context() as patched:
-        patched.setattr(documents, "read_documents", lambda _: pytest.fail("read again"))
-        again = pipeline.extract_unit(unit, str(tmp_path), min_characters=100)
-    assert np.array_equal(again.hashes, first.hashes)
-    assert np.array_equal(again.characters, first.characters)
-    assert (again.read, again.dropped) == (first.read, first.dropped)
-    other = pipeline.extract_unit(unit, str(tmp_path), min_characters=1)
-    assert len(other.hashes) == 4, "another recipe reads anew"
+        patched.setattr(extraction, "read_documents", lambda *_: pytest.fail("read again"))
+        assert read_unit(unit, str(tmp_path), config(folder), "") == first
+    other = read_unit(unit, str(tmp_path), config(folder, min_characters=1), "")
+    assert other.written == 4, "other rules read anew"
 
 
-def test_packed_tokens_are_the_documents_each_with_its_end(unit: pipeline.Unit, tmp_path: Path) -> None:
-    tokenizer = tokenizers.train(TEXTS, vocab_size=400)
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    found = pipeline.extract_unit(unit, str(tmp_path), min_characters=100)
-    everything = np.ones(len(found.hashes), dtype=bool)
-    packed = pipeline.pack_unit(unit, everything, ~everything, str(tmp_path), str(tmp_path / "tokenizer"), 16)
-    (shard,) = packed.written["train"]
-    ids = shards.ShardReader(str(tmp_path), [shard]).take(np.arange(shard.sequences)).flatten().tolist()
-    ids += packed.tails["train"].tokens.tolist()
-    expected = [TEXTS[0].strip(), TEXTS[1].strip(), TEXTS[3].strip()]
-    assert tokenizer.decode(ids).split("</s>") == [*expected, ""]
-    assert "held_out" not in packed.written
+def test_a_piece_that_ends_its_worker_is_set_aside(unit: Unit, folder: Path, tmp_path: Path) -> None:
+    corpus = CorpusDir(str(tmp_path))
+    assert not condemn(corpus, unit), "nothing is known yet"
+    read_unit(unit, str(tmp_path), config(folder), "", journal=True)
+    Path(corpus.facts(0)).unlink()
+    assert condemn(corpus, unit), "the journal names the last piece that was begun"
+    facts = read_unit(unit, str(tmp_path), config(folder), "")
+    assert facts.dropped == {"ended its worker": 1, "too short": 1}
+    assert facts.read == 5
 
 
-def sample(characters: list[int], sample_mib: int = 1) -> int:
-    """How many of documents of these sizes the tokenizer is trained on."""
-    values = {"name": "r", "corpus": {"sources": [{"name": "s", "path": "/x"}], "held_out": 1e-9}}
-    recipe = Recipe.model_validate(
-        {**values, "tokenizer": {"sample_mib": sample_mib}, "train": {"steps": 1, "lr": 1.0}}
+def pack(corpus: CorpusDir, facts: extraction.UnitFacts, pairs: list[tuple[int, int]] = []) -> packing.PackedUnit:  # noqa: B006
+    found = Duplicates(corpus, "state", {0: facts.key})
+
+    def write(found: Duplicates, part: int, first: int, last: int) -> int:
+        from orchestrator.data import buckets
+
+        documents = np.array([document for document, _ in pairs], np.uint64)
+        buckets.write(found.path("exact", part), np.array(pairs, PAIR), buckets.by_unit(documents), 1)
+        return len(pairs)
+
+    write(found, 0, 0, 0)
+    found.publish("exact", [len(pairs)])
+    found.publish("near", [])
+    settings = PackSettings(
+        tokenizer=corpus.tokenizer, tokenizer_key="k", sequence_length=16, held_out=1e-9, min_characters=100
     )
-    hashes = np.frombuffer(b"".join(steps.content_hash(str(n)) for n in range(len(characters))), dtype="V16")
-    unit = pipeline.Unit(0, ())
-    sizes = np.array(characters, dtype=np.int64)
-    found = pipeline.Extracted(unit=unit, source="s", read=len(sizes), dropped={}, hashes=hashes, characters=sizes)
-    ((_, mask),) = pipeline._sample(recipe, [found], [np.ones(len(sizes), dtype=bool)])
-    return int(mask.sum())
+    return pack_unit(0, found, None, settings)
 
 
-def test_a_huge_document_does_not_cut_the_tokenizer_sample() -> None:
-    assert sample([1000] * 50) == 50
-    assert sample([1000] * 50 + [10 * 2**20]) == 50
-    assert sample([10 * 2**20]) == 1, "better one that is too large than none"
-    assert 900 <= sample([1000] * 5000) <= 1100
+def test_packed_tokens_are_the_documents_each_with_its_end(unit: Unit, folder: Path, tmp_path: Path) -> None:
+    corpus = CorpusDir(str(tmp_path))
+    facts = read_unit(unit, corpus.uri, config(folder), "")
+    tokenizer = tokenizers.train(TEXTS, vocab_size=400)
+    tokenizer.save_pretrained(corpus.tokenizer)
+    packed = pack(corpus, facts, [(1, 0)])
+    (shard,) = packed.shards["train"]
+    reader = ShardReader(corpus.uri, [packing.shards.Shard(**shard)])
+    ids = reader.take(np.arange(len(reader))).flatten().tolist() + packed.tails["train"]["tokens"]
+    assert tokenizer.decode(ids).split("</s>") == [TEXTS[0].strip(), TEXTS[3].strip(), ""]
+    assert packed.kept == {"train": 2}
+    assert packed.dropped == {"exact duplicate": 1}
+    assert packed.tokens == len(ids)
+    assert sum(packed.lengths.values()) == 2
+    columns = ("id", "reason", "text", "of")
+    (lost,) = [r for batch in read_texts(corpus.duplicates(0), *columns) for r in zip(*batch, strict=True)]
+    assert lost == ("s/1.md", "exact duplicate", TEXTS[1].strip(), "0:0")
+
+
+def test_a_large_unit_is_written_as_several_shards(
+    unit: Unit, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = CorpusDir(str(tmp_path))
+    facts = read_unit(unit, corpus.uri, config(folder), "")
+    tokenizers.train(TEXTS, vocab_size=400).save_pretrained(corpus.tokenizer)
+    whole = pack(corpus, facts)
+    Path(corpus.packed(0)).unlink()
+    monkeypatch.setattr(packing, "SHARD_TOKENS", 1)
+    cut = pack(corpus, facts)
+    assert len(cut.shards["train"]) == len(whole.shards["train"]) == 1, "one batch of documents is one shard"
+    assert cut.tails == whole.tails
+
+
+def test_partitions_are_not_made_twice(tmp_path: Path) -> None:
+    found = Duplicates(CorpusDir(str(tmp_path)), "state", {0: "k"})
+    found.publish("exact", [7])
+    assert partitions(found, "exact", lambda *_: pytest.fail("made again"), 1, lambda *_: None) == [7]

@@ -1,21 +1,38 @@
 from __future__ import annotations
 
+import bz2
 import gzip
+import io
+import json
+import lzma
 import os
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+import zstandard
+from pyarrow import parquet
 
+from orchestrator import storage
 from orchestrator.config import Source
-from orchestrator.data import steps
-from orchestrator.data.documents import Document, Unreadable, list_source, read_documents
-from orchestrator.data.pipeline import make_units
-from orchestrator.errors import UserError
+from orchestrator.data import documents
+from orchestrator.data.documents import Document, Dropped, read_documents
+from orchestrator.data.sources import list_source
 
 
-def read(folder: Path, **source: object) -> list[Document | Unreadable]:
-    files = list_source(Source.model_validate({"name": "s", "path": str(folder), **source}))
-    return [document for file in files for document in read_documents(file)]
+def read(folder: Path, **options: object) -> list[Document | Dropped]:
+    source = Source.model_validate({"name": "s", "path": str(folder), **options})
+    return [document for file in list_source(source) for document in read_documents(file.uri, file.name, source)]
+
+
+def reasons(found: list[Document | Dropped]) -> list[str]:
+    return [document.reason for document in found if isinstance(document, Dropped)]
+
+
+def texts(found: list[Document | Dropped]) -> list[str]:
+    return [document.text for document in found if isinstance(document, Document)]
 
 
 def test_text_and_markdown_are_read_whole(tmp_path: Path) -> None:
@@ -28,18 +45,107 @@ def test_text_and_markdown_are_read_whole(tmp_path: Path) -> None:
 def test_jsonl_gives_a_document_a_line_and_a_reason_for_each_bad_one(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\nnonsense\n{"title": "no text"}\n[1]\n{"text": "two"}')
     found = read(tmp_path)
-    assert [d.text for d in found if isinstance(d, Document)] == ["one", "two"]
-    assert [str(d) for d in found if isinstance(d, Unreadable)] == ["broken json", "no text", "no text"]
-    assert [d.id for d in found if isinstance(d, Document)] == ["s/a.jsonl#0", "s/a.jsonl#5"]
+    assert texts(found) == ["one", "two"]
+    assert reasons(found) == ["broken json", "no text", "no text"]
+    assert [d.id for d in found] == [f"s/a.jsonl#{offset}" for offset in (0, 17, 26, 47, 51)]
 
 
-def test_compressed_files_are_read_and_broken_ones_named(tmp_path: Path) -> None:
-    (tmp_path / "a.md.gz").write_bytes(gzip.compress(b"good"))
-    (tmp_path / "b.md.gz").write_bytes(gzip.compress(b"cut short" * 100)[:-20])
-    (tmp_path / "c.md.gz").write_bytes(b"no gzip at all")
-    good, *bad = read(tmp_path)
-    assert good == Document("s/a.md.gz", "good")
-    assert [str(d) for d in bad] == ["broken gzip", "broken gzip"]
+@pytest.mark.parametrize(
+    ("suffix", "compress"),
+    [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress), (".zst", zstandard.compress)],
+)
+def test_compressed_files_are_read_and_broken_ones_named(
+    tmp_path: Path, suffix: str, compress: Callable[[bytes], bytes]
+) -> None:
+    (tmp_path / f"a.md{suffix}").write_bytes(compress(b"good"))
+    (tmp_path / f"b.md{suffix}").write_bytes(compress(os.urandom(5000))[:-20])
+    (tmp_path / f"c.md{suffix}").write_bytes(b"no compression at all")
+    (tmp_path / f"d.jsonl{suffix}").write_bytes(compress(b'{"text": "one"}\n' + b'{"text": "two"}'))
+    found = read(tmp_path)
+    assert texts(found) == ["good", "one", "two"]
+    assert reasons(found) == ["broken compression"] * 2
+
+
+def test_what_was_read_before_a_stream_breaks_is_kept(tmp_path: Path) -> None:
+    lines = b"".join(json.dumps({"text": f"{n} " * 50}).encode() + b"\n" for n in range(5000))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines)[:-2000])
+    found = read(tmp_path)
+    assert 1000 < len(texts(found)) < 5000
+    assert reasons(found)[-1:] == ["broken compression"]
+
+
+def test_a_file_of_many_formats_each_by_its_name_or_content(tmp_path: Path) -> None:
+    parquet.write_table(pa.table({"text": ["from parquet"], "n": [1]}), tmp_path / "a.parquet")
+    (tmp_path / "b.html").write_text(f"<html><body><article><p>{'From a page. ' * 30}</p></article></body></html>")
+    (tmp_path / "c.tex").write_text(r"\documentclass{article}\begin{document}From \emph{latex}.\end{document}")
+    (tmp_path / "d.xml").write_text("<article><body><p>From JATS.</p></body></article>")
+    (tmp_path / "e.xml").write_text("<note>of no paper</note>")
+    (tmp_path / "f.json").write_text('{"title": "T", "abstract": "From a record."}')
+    (tmp_path / "g.f90").write_text("program from_code\nend program\n")
+    (tmp_path / "h.gz").write_bytes(gzip.compress((tmp_path / "c.tex").read_bytes()))
+    found = {d.id.removeprefix("s/"): d for d in read(tmp_path)}
+    for name, part in (
+        ("a.parquet#0", "from parquet"),
+        ("b.html", "From a page."),
+        ("c.tex", "From latex."),
+        ("d.xml", "From JATS."),
+        ("f.json", "# T\n\n## Abstract\n\nFrom a record."),
+        ("g.f90", "program from_code"),
+        ("h.gz", "From latex."),
+    ):
+        document = found.pop(name)
+        assert isinstance(document, Document), document
+        assert part in document.text
+    assert reasons(list(found.values())) == ["unknown xml"]
+
+
+def test_a_named_format_is_taken_whatever_the_name(tmp_path: Path) -> None:
+    (tmp_path / "a.data").write_text('{"body": "one"}\n')
+    assert texts(read(tmp_path, format="jsonl", text_field="body", include=["*.data"])) == ["one"]
+
+
+def test_an_archive_is_its_files_and_one_with_latex_is_a_submission(tmp_path: Path) -> None:
+    def archive(name: str, members: dict[str, bytes]) -> None:
+        with tarfile.open(tmp_path / name, "w:gz") as file:
+            for inner, data in members.items():
+                info = tarfile.TarInfo(inner)
+                info.size = len(data)
+                file.addfile(info, io.BytesIO(data))
+
+    archive(
+        "a.tar.gz",
+        {"x/one.md": b"one", "x/two.md.gz": gzip.compress(b"two"), "x/skip.png": b"no", "bad.xml": b"<?xml?>"},
+    )
+    archive(
+        "b.tgz",
+        {
+            "main.tex": rb"\documentclass{article}\begin{document}Main \input{part}\end{document}",
+            "part.tex": b"and part.",
+        },
+    )
+    (tmp_path / "c.tar.gz").write_bytes(b"no archive")
+    (tmp_path / "d.tar").write_bytes(b"no archive")
+    found = read(tmp_path)
+    assert [d.id for d in found] == [
+        "s/a.tar.gz#x/one.md",
+        "s/a.tar.gz#x/two.md.gz",
+        "s/a.tar.gz#bad.xml",
+        "s/b.tgz",
+        "s/c.tar.gz",
+        "s/d.tar",
+    ]
+    assert texts(found)[:2] == ["one", "two"]
+    assert "Main and part." in texts(found)[2]
+    assert reasons(found) == ["unknown xml", "broken compression", "broken tar"]
+
+
+def test_a_selection_is_made_of_every_format(tmp_path: Path) -> None:
+    paper = "# T\n\n## Abstract\n\nA.\n\n## Methods\n\nM.\n\n## Conclusion\n\nC.\n"
+    (tmp_path / "a.md").write_text(paper)
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": paper}) + "\n" + json.dumps({"text": "no sections"}))
+    found = read(tmp_path, select="abstract_introduction_conclusion")
+    assert texts(found) == ["# T\n\n## Abstract\n\nA.\n\n## Conclusion\n\nC."] * 2
+    assert len(reasons(found)) == 1
 
 
 def test_docstrings_come_under_the_names_they_describe(tmp_path: Path) -> None:
@@ -48,9 +154,10 @@ def test_docstrings_come_under_the_names_they_describe(tmp_path: Path) -> None:
     )
     (tmp_path / "n.py").write_text("x = 1\n")
     (tmp_path / "o.py").write_text("def (:\n")
-    found = read(tmp_path)
+    found = read(tmp_path, format="docstrings")
     assert found[0] == Document("s/m.py", "# m\n\nModule.\n\n## C\n\nClass.\n\n## C.f\n\nMethod.")
-    assert [str(d) for d in found[1:]] == ["no docstring", "broken python"]
+    assert reasons(found) == ["no docstring", "broken python"]
+    assert "class C:" in texts(read(tmp_path))[0], "without the format it is code"
 
 
 def test_a_package_description_comes_without_its_headers(tmp_path: Path) -> None:
@@ -60,68 +167,10 @@ def test_a_package_description_comes_without_its_headers(tmp_path: Path) -> None
 
 def test_other_encodings_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("é".encode("latin-1"))
-    assert [str(d) for d in read(tmp_path)] == ["not utf-8"]
-
-
-def test_one_file_and_a_glob_are_sources_too(tmp_path: Path) -> None:
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "a.md").write_text("a")
-    (tmp_path / "b.txt").write_text("b")
-    assert [d.text for d in read(tmp_path / "b.txt") if isinstance(d, Document)] == ["b"]
-    assert [d.text for d in read(tmp_path / "**" / "*.md") if isinstance(d, Document)] == ["a"]
-    assert [d.text for d in read(tmp_path, include=["sub/*"]) if isinstance(d, Document)] == ["a"]
-
-
-def test_s3_is_a_source(bucket: str) -> None:
-    from orchestrator import storage
-
-    storage.write(f"{bucket}/docs/a.md", b"a")
-    storage.write(f"{bucket}/docs/deep/b.txt", b"b")
-    for path, expected in (
-        (f"{bucket}/docs", ["a", "b"]),
-        (f"{bucket}/docs/a.md", ["a"]),
-        (f"{bucket}/docs/*.md", ["a"]),
-    ):
-        files = list_source(Source(name="s", path=path))
-        assert [d.text for f in files for d in read_documents(f) if isinstance(d, Document)] == expected
-
-
-@pytest.mark.parametrize(
-    "content", [None, {}, {"a.bin": b"x"}, {"a.md": b""}], ids=["missing", "empty", "other", "zero"]
-)
-def test_a_source_without_text_is_refused(tmp_path: Path, content: dict[str, bytes] | None) -> None:
-    folder = tmp_path / "source"
-    if content is not None:
-        folder.mkdir()
-        for name, data in content.items():
-            (folder / name).write_bytes(data)
-    with pytest.raises(UserError, match="source s:"):
-        read(folder)
-
-
-def test_units_follow_sources_and_sizes(tmp_path: Path) -> None:
-    for name in "abcd":
-        (tmp_path / f"{name}.md").write_text("x" * 40)
-    files = list_source(Source(name="one", path=str(tmp_path))) + list_source(Source(name="two", path=str(tmp_path)))
-    units = make_units(files, unit_bytes=100)
-    assert [[f.name for f in unit.files] for unit in units] == [["a.md", "b.md"], ["c.md", "d.md"]] * 2
-    assert [unit.number for unit in units] == [0, 1, 2, 3]
-    assert [len(unit.files) for unit in make_units(files, unit_bytes=1)] == [1] * 8
-
-
-def test_cleaning_mends_white_space_and_control_characters() -> None:
-    assert steps.clean("a \r\nb\x00\r\r\r\r\nc\n\n\n\nd\t\n") == "a\nb\n\nc\n\nd"
-    assert steps.clean("e\u0301") == "\u00e9"
-
-
-def test_equal_content_has_one_hash() -> None:
-    assert steps.content_hash("A  b\nc") == steps.content_hash("a b c")
-    assert steps.content_hash("a b c") != steps.content_hash("a b d")
-
-
-def test_the_held_out_share_is_about_what_was_asked() -> None:
-    held = [steps.is_held_out(steps.content_hash(str(n)), 0.1) for n in range(5000)]
-    assert 400 < sum(held) < 600
+    (tmp_path / "b.txt").write_bytes("é".encode("utf-16"))
+    found = read(tmp_path)
+    assert reasons(found) == ["not utf-8"]
+    assert texts(found) == ["é"]
 
 
 def test_one_odd_file_costs_itself_only(tmp_path: Path) -> None:
@@ -133,14 +182,38 @@ def test_one_odd_file_costs_itself_only(tmp_path: Path) -> None:
     (tmp_path / "UPPER.MD.GZ").write_bytes(gzip.compress(b"upper"))
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/odd\xff.md")).write_text("odd name")
     found = read(tmp_path)
-    assert sorted(d.text for d in found if isinstance(d, Document)) == ["good", "odd name", "upper"]
-    assert [str(d) for d in found if isinstance(d, Unreadable)] == ["broken gzip"]
+    assert sorted(texts(found)) == ["good", "odd name", "upper"]
+    assert reasons(found) == ["broken compression"]
     for document in found:
-        if isinstance(document, Document):
-            document.id.encode()
+        document.id.encode()
 
 
-def test_a_pattern_that_cannot_be_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.md").write_text("a")
-    with pytest.raises(UserError, match="source s:"):
-        read(tmp_path / "**.md")
+def test_a_document_without_bounds_is_dropped_before_it_is_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "MAX_DOCUMENT_BYTES", 1000)
+    (tmp_path / "a.md.gz").write_bytes(gzip.compress(b"0" * 10_000_000))
+    (tmp_path / "b.txt").write_bytes(b"x" * 1001)
+    assert reasons(read(tmp_path)) == ["too large", "too large"]
+
+
+def test_a_reader_that_fails_costs_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(data: bytes, name: str) -> str:
+        raise KeyError("unexpected")
+
+    monkeypatch.setitem(documents._FORMATS, "text", fail)
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "b.md").write_text("good")
+    found = read(tmp_path)
+    assert reasons(found) == ["reader failed: KeyError"]
+    assert texts(found) == ["good"]
+
+
+def test_a_file_that_went_since_it_was_listed_is_named(bucket: str) -> None:
+    storage.write(f"{bucket}/in/a.md", b"a")
+    storage.write(f"{bucket}/in/b.md", b"b")
+    source = Source(name="s", path=f"{bucket}/in")
+    files = list_source(source)
+    storage.delete(files[0].uri)
+    found = [d for file in files for d in read_documents(file.uri, file.name, source)]
+    assert found == [Dropped("s/a.md", "storage failed"), Document("s/b.md", "b")]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from pathlib import Path
 
@@ -23,9 +24,7 @@ def test_lines_are_read_once_wherever_the_file_is_cut(lines: list[str], cuts: li
     data = "\n".join(lines).encode()
     edges = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
     found = [
-        line
-        for first, last in zip(edges, edges[1:], strict=False)
-        for line in records.json_lines(io.BytesIO(data), first, last)
+        line for first, last in itertools.pairwise(edges) for line in records.json_lines(io.BytesIO(data), first, last)
     ]
     assert found == list(records.json_lines(io.BytesIO(data), 0, None))
     assert [line.strip() for _, line in found if line] == [line.strip().encode() for line in lines if line.strip()]

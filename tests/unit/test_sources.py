@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -105,7 +106,7 @@ def test_every_byte_is_in_one_unit(sizes: list[int]) -> None:
         edges = [(p.start, each.bytes if p.end is None else p.end) for p in pieces]
         assert edges[0][0] == 0
         assert edges[-1][1] == each.bytes
-        assert all(a[1] == b[0] for a, b in zip(edges, edges[1:], strict=False))
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(edges))
 
 
 def test_new_files_make_new_units_and_leave_the_others() -> None:

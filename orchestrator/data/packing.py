@@ -18,6 +18,7 @@ from orchestrator.data.duplicates import Duplicates
 from orchestrator.data.encoding import Encoder, load_encoder
 from orchestrator.data.layout import CorpusDir
 from orchestrator.data.passages import Passages, cuts
+from orchestrator.data.shards import Packed
 from orchestrator.data.texts import TextWriter, read_texts
 
 ROW = 2**32 - 1
@@ -61,9 +62,9 @@ class PackedUnit:
     tails: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By split: the tokens after the last whole sequence, and their documents."""
 
-    def tail(self, split: str) -> shards.Packed:
+    def tail(self, split: str) -> Packed:
         found = self.tails[split]
-        return shards.Packed(np.array(found["tokens"], np.uint32), [(n, d) for n, d in found["documents"]])
+        return Packed(np.array(found["tokens"], np.uint32), [(n, d) for n, d in found["documents"]])
 
 
 def load_packed(corpus: CorpusDir, unit: int) -> PackedUnit | None:

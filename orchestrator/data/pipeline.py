@@ -205,25 +205,25 @@ def _manifest(
 
 def _counts(parts: Sequence[tuple[UnitFacts, PackedUnit]]) -> dict[str, Any]:
     """Of one source. Every document that was read is kept or counted under its reason."""
+    read, kept = sum(fact.read for fact, _ in parts), sum(sum(unit.kept.values()) for _, unit in parts)
     dropped: collections.Counter[str] = collections.Counter()
     lengths: collections.Counter[str] = collections.Counter()
     for fact, unit in parts:
         dropped.update(fact.dropped)
         dropped.update(unit.dropped)
         lengths.update(unit.lengths)
-    counts = {
+    if read != kept + dropped.total():
+        raise RunFailed(f"of {read} documents {kept} were kept and {dropped.total()} dropped", "report this")
+    return {
         "units": len(parts),
-        "read": sum(fact.read for fact, _ in parts),
-        "kept": sum(sum(unit.kept.values()) for _, unit in parts),
+        "read": read,
+        "kept": kept,
         "dropped": dict(sorted(dropped.items())),
         "characters": sum(unit.characters for _, unit in parts),
         "cut_bytes": sum(unit.cut_bytes for _, unit in parts),
         "tokens": sum(unit.tokens for _, unit in parts),
         "lengths": dict(sorted(lengths.items(), key=lambda item: int(item[0]))),
     }
-    if counts["read"] != counts["kept"] + dropped.total():
-        raise RunFailed(f"documents were lost: {counts}", "report this")
-    return counts
 
 
 def _splits(

@@ -12,6 +12,8 @@ from orchestrator.errors import RunFailed
 log = logging.getLogger(__name__)
 
 CPUS = 1.0
+RETRIES = 3
+"""Of a task whose worker is lost."""
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, of)."""
 
@@ -35,6 +37,8 @@ def run_tasks(
         Exception: what `work` raised, as it raised it.
         RunFailed: a task's worker is lost every time, and there is no on_crash.
     """
+    if not items:
+        return []
     progress(what, 0, len(items))
     results = _run(what, work, items, progress)
     for index in sorted(set(range(len(items))) - results.keys()):
@@ -57,6 +61,8 @@ def run_alone(work: Callable[[], Result], retries: int = 0) -> Result | None:
         return ray.get(ray.remote(num_cpus=CPUS, max_retries=retries)(work).remote())  # type: ignore[no-any-return]
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError):
         return None
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
 
 
 def quiet_ray_data() -> None:
@@ -70,8 +76,11 @@ def quiet_ray_data() -> None:
 def _run(what: str, work: Callable[[Item], Result], items: Sequence[Item], progress: Progress) -> dict[int, Result]:
     import ray
 
-    if not items:
-        return {}
+    if len(items) == 1:  # not worth a dataset
+        alone = run_alone(lambda: (work(items[0]),), RETRIES)
+        results: dict[int, Result] = {} if alone is None else {0: alone[0]}
+        progress(what, len(results), 1)
+        return results
     quiet_ray_data()
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = False
@@ -84,8 +93,8 @@ def _run(what: str, work: Callable[[Item], Result], items: Sequence[Item], progr
             return {"index": row["index"], "result": b"", "error": pickle.dumps(error)}
 
     rows = [{"index": index, "item": pickle.dumps(item)} for index, item in enumerate(items)]
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(on_row, num_cpus=CPUS)
-    results: dict[int, Result] = {}
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(on_row, num_cpus=CPUS, max_retries=RETRIES)
+    results = {}
     for row in dataset.iter_rows():
         if row["error"]:
             raise pickle.loads(row["error"])

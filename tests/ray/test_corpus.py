@@ -40,7 +40,7 @@ LENGTH = 32
 
 
 @pytest.fixture(scope="module", autouse=True)
-def ray_is_up() -> Iterator[None]:
+def ray_is_up(s3_endpoint: str) -> Iterator[None]:
     with cluster.connection(None):
         yield
 
@@ -67,7 +67,7 @@ def write_lines(path: Path, texts: list[str]) -> None:
 
 def recipe(*folders: Path, **corpus: Any) -> Recipe:
     listed = [{"name": folder.name, "path": str(folder)} for folder in folders]
-    corpus = {"sources": listed, "held_out": 0.05, **corpus}
+    corpus = {"sources": listed, "held_out": 0.2, **corpus}
     train = {"steps": 10, "lr": 1e-3, "sequence_length": LENGTH, "global_batch_size": 10}
     return Recipe.model_validate({"name": "r", "corpus": corpus, "tokenizer": {"vocab_size": 600}, "train": train})
 

@@ -7,6 +7,7 @@ A `write` is atomic: readers see the old object or the new one. A `create` succe
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import io
 import json
@@ -241,7 +242,7 @@ class _S3Blocks(io.RawIOBase):
             try:
                 data = read_range(self._uri, self._position, wanted)
             except Exception as error:
-                raise OSError(f"{self._uri}: {error}") from None
+                raise OSError(errno.EIO, str(error), self._uri) from None
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)

@@ -49,12 +49,16 @@ def read_documents(uri: str, name: str, source: Source, start: int = 0, end: int
             yield from _read(identity, name, stream, source, start, end)
     except Unreadable as reason:
         yield Dropped(identity, str(reason))
-    except compression.BROKEN:
-        yield Dropped(identity, "broken compression")
-    except OSError:
-        yield Dropped(identity, "storage failed")
-    except Exception as error:  # a reader met what it was not made for: the file is lost, the job goes on
-        yield Dropped(identity, f"reader failed: {type(error).__name__}")
+    except Exception as error:  # whatever it is: the file is lost, the job goes on
+        yield Dropped(identity, _reason(error))
+
+
+def _reason(error: Exception) -> str:
+    if compression.is_broken(error):
+        return "broken compression"
+    if isinstance(error, OSError):
+        return "storage failed"
+    return f"reader failed: {type(error).__name__}"
 
 
 def is_known(name: str) -> bool:
@@ -73,7 +77,7 @@ def _read(identity: str, name: str, raw: IO[bytes], source: Source, start: int =
         yield from _read_rows(identity, seekable, source, start, end)
     else:
         data = _bounded(stream)
-        if _is_tar(data):
+        if _is_tar(data) or format_ == "tar":
             yield from _read_tar(identity, data, source)
         else:
             read = _FORMATS[format_ if format_ in _FORMATS else _sniff(data, source)]

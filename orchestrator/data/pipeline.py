@@ -188,7 +188,7 @@ def _manifest(
         inputs=corpus_inputs(recipe),
         files=listing_digest(files),
         sequence_length=recipe.train.sequence_length,
-        vocab_size=tokenizers.vocabulary_size(corpus.tokenizer),
+        vocab_size=_vocabulary_size(corpus),
         documents={
             "read": sum(c["read"] for c in counts.values()),
             "kept": sum(c["kept"] for c in counts.values()),
@@ -201,6 +201,11 @@ def _manifest(
     )
     data_order(manifest, recipe)  # refuses a mixture of what is not there
     return manifest
+
+
+def _vocabulary_size(corpus: CorpusDir) -> int:
+    with storage.local_directory(corpus.tokenizer) as folder:
+        return tokenizers.vocabulary_size(str(folder))
 
 
 def _counts(parts: Sequence[tuple[UnitFacts, PackedUnit]]) -> dict[str, Any]:
@@ -230,7 +235,7 @@ def _splits(
     recipe: Recipe, corpus: CorpusDir, packed: dict[str, list[PackedUnit]]
 ) -> tuple[dict[str, dict[str, Any]], int]:
     """The shards of each split, and the number of tokens at the very end that fill no sequence."""
-    length, vocab_size = recipe.train.sequence_length, tokenizers.vocabulary_size(corpus.tokenizer)
+    length, vocab_size = recipe.train.sequence_length, _vocabulary_size(corpus)
     splits: dict[str, dict[str, Any]] = {}
     lost = 0
     for split in SPLITS:

@@ -34,6 +34,8 @@ class Passages:
     """Where the matches among the documents that stay are written."""
 
     found: Duplicates
+    indexes: tuple[str, ...]
+    """Of each unit: the kind of its index."""
 
     def matches(self, unit: int) -> np.ndarray:
         """Fingerprints of a unit's documents that an earlier document has too, MATCH [n], sorted."""
@@ -54,11 +56,12 @@ def find_passages(found: Duplicates, progress: Progress) -> Passages:
     indexed = run_tasks("fingerprint passages", fingerprint, found.units, progress)
 
     def compare(found: Duplicates, part: int, first: int, last: int) -> int:
-        return _match_part(found, [kind for kind, _ in indexed], part, first, last)
+        return _match_part(found, kinds, part, first, last)
 
+    kinds = tuple(kind for kind, _ in indexed)
     size = sum(count for _, count in indexed) * FINGERPRINT.itemsize
     partitions(found, "matches", compare, size, progress)
-    return Passages(found)
+    return Passages(found, kinds)
 
 
 def fingerprint_unit(found: Duplicates, unit: int) -> tuple[str, int]:

@@ -69,7 +69,7 @@ def build_corpus(recipe: Recipe, uri: str, files: Sequence[SourceFile], progress
     packed = run_tasks("tokenise and pack", lambda n: pack_unit(n, found, passages, settings), found.units, progress)
     manifest = _manifest(recipe, corpus, files, units, facts, packed, found)
     save_manifest(manifest, uri)
-    _sweep(corpus, found, manifest)
+    _sweep(corpus, found, passages, manifest)
     return manifest
 
 
@@ -263,12 +263,13 @@ def _splits(
     return splits, lost
 
 
-def _sweep(corpus: CorpusDir, found: Duplicates, manifest: Manifest) -> None:
+def _sweep(corpus: CorpusDir, found: Duplicates, passages: Passages | None, manifest: Manifest) -> None:
     """Delete what only the work needed, and what another set of units left behind."""
     shards_now = {
         name for split in SPLITS for s in manifest.shards(split) for name in (s.name, s.name + shards.SIDECAR)
     }
     units_now = {f"unit-{unit:06d}" for unit in found.units}
+    indexes_now = {"exact", "near", *(passages.indexes if passages else ())}
     for name in storage.list_files(corpus.uri):
         top, _, rest = name.partition("/")
         unit = rest.rpartition("/")[2].partition(".")[0]
@@ -276,6 +277,7 @@ def _sweep(corpus: CorpusDir, found: Duplicates, manifest: Manifest) -> None:
             top in ("sample", "journal")
             or (top == "shards" and name not in shards_now)
             or (top == "dedup" and not rest.startswith(found.state))
+            or (top == "index" and rest.partition("/")[0] not in indexes_now)
             or (unit.startswith("unit-") and unit not in units_now)
         )
         if stale:

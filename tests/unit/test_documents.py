@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from orchestrator.config import Source
-from orchestrator.data import steps
 from orchestrator.data.documents import Document, Unreadable, list_source, read_documents
 from orchestrator.data.pipeline import make_units
 from orchestrator.errors import UserError
@@ -107,21 +106,6 @@ def test_units_follow_sources_and_sizes(tmp_path: Path) -> None:
     assert [[f.name for f in unit.files] for unit in units] == [["a.md", "b.md"], ["c.md", "d.md"]] * 2
     assert [unit.number for unit in units] == [0, 1, 2, 3]
     assert [len(unit.files) for unit in make_units(files, unit_bytes=1)] == [1] * 8
-
-
-def test_cleaning_mends_white_space_and_control_characters() -> None:
-    assert steps.clean("a \r\nb\x00\r\r\r\r\nc\n\n\n\nd\t\n") == "a\nb\n\nc\n\nd"
-    assert steps.clean("e\u0301") == "\u00e9"
-
-
-def test_equal_content_has_one_hash() -> None:
-    assert steps.content_hash("A  b\nc") == steps.content_hash("a b c")
-    assert steps.content_hash("a b c") != steps.content_hash("a b d")
-
-
-def test_the_held_out_share_is_about_what_was_asked() -> None:
-    held = [steps.is_held_out(steps.content_hash(str(n)), 0.1) for n in range(5000)]
-    assert 400 < sum(held) < 600
 
 
 def test_one_odd_file_costs_itself_only(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from orchestrator import storage
-from orchestrator.config import Recipe
-from orchestrator.data import documents, shards, steps
+from orchestrator.config import CorpusConfig, Recipe
+from orchestrator.data import documents, language, quality, shards, steps
 from orchestrator.data import tokenizer as tokenizers
 from orchestrator.errors import StorageError, UserError
 
@@ -82,8 +82,9 @@ def build_corpus(recipe: Recipe, corpus: str, progress: Callable[[str, int, int]
         progress: called with (what, done, of).
 
     Raises:
-        UserError: the sources hold no usable document, or too little text for one sequence.
+        UserError: the sources hold no usable document, or too little text for one sequence; a language is unknown.
     """
+    language.check_languages(recipe.corpus.languages)
     units = make_units(documents.list_sources(recipe.corpus))
     extracted = _extract(recipe, corpus, units, progress)
     kept = _first_of_each(extracted)
@@ -91,7 +92,7 @@ def build_corpus(recipe: Recipe, corpus: str, progress: Callable[[str, int, int]
         raise UserError(
             f"the corpus is empty: none of {sum(e.read for e in extracted)} documents was kept "
             f"({_reasons(extracted, kept)})",
-            "check corpus.sources (JSONL records need a string field `text`) and corpus.min_characters",
+            "check corpus.sources (JSONL records need a string field `text`) and corpus.quality",
         )
     tokenizer_uri = _tokenizer(recipe, corpus, extracted, kept, progress)
     packed = _pack(recipe, corpus, tokenizer_uri, extracted, kept, progress)
@@ -145,11 +146,11 @@ class Extracted:
     """Of each document in the unit's file, int64."""
 
 
-def extract_unit(unit: Unit, corpus: str, min_characters: int) -> Extracted:
+def extract_unit(unit: Unit, corpus: str, config: CorpusConfig) -> Extracted:
     """Read and clean the documents of a unit and write those worth keeping to its file, unless that was done before."""
     import pyarrow as pa
 
-    key = repr((unit, min_characters))
+    key = repr((unit, config.quality, config.languages))
     done = _extracted_before(unit, corpus, key)
     if done:
         return done
@@ -162,7 +163,7 @@ def extract_unit(unit: Unit, corpus: str, min_characters: int) -> Extracted:
             dropped[str(document)] += 1
             continue
         text = steps.clean(document.text)
-        reason = steps.drop_reason(text, min_characters)
+        reason = _drop_reason(text, config)
         if reason:
             dropped[reason] += 1
             continue
@@ -183,6 +184,11 @@ def extract_unit(unit: Unit, corpus: str, min_characters: int) -> Extracted:
         writer.close()
         storage.write(unit.uri(corpus), sink.getvalue())
     return _extracted(unit, table)
+
+
+def _drop_reason(text: str, config: CorpusConfig) -> str | None:
+    reason = quality.drop_reason(text, config.quality)
+    return reason or ("other language" if language.foreign(text, config.languages) else None)
 
 
 def _extracted_before(unit: Unit, corpus: str, key: str) -> Extracted | None:
@@ -210,8 +216,8 @@ def _extracted(unit: Unit, table: Any) -> Extracted:
 def _extract(
     recipe: Recipe, corpus: str, units: list[Unit], progress: Callable[[str, int, int], None]
 ) -> list[Extracted]:
-    minimum = recipe.corpus.min_characters
-    done = _run_units("read and clean", lambda unit: extract_unit(unit, corpus, minimum), units, progress)
+    config = recipe.corpus
+    done = _run_units("read and clean", lambda unit: extract_unit(unit, corpus, config), units, progress)
     return sorted(done, key=lambda extracted: extracted.unit.number)
 
 

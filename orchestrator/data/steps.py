@@ -30,12 +30,6 @@ def content_hash(text: str) -> bytes:
     return bytes(xxhash.xxh3_128_digest(" ".join(text.lower().split()).encode("utf-8", "surrogatepass")))
 
 
-def drop_reason(text: str, min_characters: int) -> str | None:
-    if len(text) < min_characters:
-        return "too short"
-    return None
-
-
 def is_held_out(digest: bytes, share: float) -> bool:
     """Whether a document belongs to the held-out split: by its content, so it stays there when the corpus grows."""
     return int.from_bytes(digest[:8], "big") < share * 2**64

@@ -7,11 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orchestrator.config import Recipe, Source
+from orchestrator.config import CorpusConfig, QualityConfig, Recipe, Source
 from orchestrator.data import documents, pipeline, shards, steps
 from orchestrator.data import tokenizer as tokenizers
+from tests.languages import PARAGRAPHS
 
 TEXTS = ["alpha beta gamma. " * 20, "ALPHA  beta gamma. " * 20, "short", "delta epsilon zeta. " * 30]
+
+
+def config(**limits: int) -> CorpusConfig:
+    """Length is the one rule that is on."""
+    off = dict.fromkeys(QualityConfig.model_fields)
+    return CorpusConfig(sources=(Source(name="s", path="/x"),), quality=QualityConfig.model_validate({**off, **limits}))
 
 
 @pytest.fixture
@@ -24,31 +31,45 @@ def unit(tmp_path: Path) -> pipeline.Unit:
 
 
 def test_documents_in_are_kept_and_dropped(unit: pipeline.Unit, tmp_path: Path) -> None:
-    found = pipeline.extract_unit(unit, str(tmp_path), min_characters=100)
+    found = pipeline.extract_unit(unit, str(tmp_path), config(min_characters=100))
     masks = pipeline._first_of_each([found])
     dropped = pipeline._dropped([found], masks)
     assert dropped == {"exact duplicate": 1, "not utf-8": 1, "too short": 1}
     assert found.read == masks[0].sum() + sum(dropped.values()) == 5
 
 
+def test_documents_in_other_languages_are_dropped_with_that_reason(tmp_path: Path) -> None:
+    for code in ("de", "en", "fr"):
+        (tmp_path / f"{code}.md").write_text(PARAGRAPHS[code])
+    source = Source(name="s", path=str(tmp_path))
+    (unit,) = pipeline.make_units(documents.list_source(source))
+    wanted = CorpusConfig(sources=(source,), languages=("en", "fr"))
+    found = pipeline.extract_unit(unit, str(tmp_path / "out"), wanted)
+    assert found.dropped == {"other language": 1}
+    assert [id for id, _ in pipeline._read_unit(unit, str(tmp_path / "out"), np.ones(2, bool))] == [
+        "s/en.md",
+        "s/fr.md",
+    ]
+
+
 def test_a_unit_that_was_read_is_not_read_again(
     unit: pipeline.Unit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = pipeline.extract_unit(unit, str(tmp_path), min_characters=100)
+    first = pipeline.extract_unit(unit, str(tmp_path), config(min_characters=100))
     with monkeypatch.context() as patched:
         patched.setattr(documents, "read_documents", lambda _: pytest.fail("read again"))
-        again = pipeline.extract_unit(unit, str(tmp_path), min_characters=100)
+        again = pipeline.extract_unit(unit, str(tmp_path), config(min_characters=100))
     assert np.array_equal(again.hashes, first.hashes)
     assert np.array_equal(again.characters, first.characters)
     assert (again.read, again.dropped) == (first.read, first.dropped)
-    other = pipeline.extract_unit(unit, str(tmp_path), min_characters=1)
+    other = pipeline.extract_unit(unit, str(tmp_path), config(min_characters=1))
     assert len(other.hashes) == 4, "another recipe reads anew"
 
 
 def test_packed_tokens_are_the_documents_each_with_its_end(unit: pipeline.Unit, tmp_path: Path) -> None:
     tokenizer = tokenizers.train(TEXTS, vocab_size=400)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    found = pipeline.extract_unit(unit, str(tmp_path), min_characters=100)
+    found = pipeline.extract_unit(unit, str(tmp_path), config(min_characters=100))
     everything = np.ones(len(found.hashes), dtype=bool)
     packed = pipeline.pack_unit(unit, everything, ~everything, str(tmp_path), str(tmp_path / "tokenizer"), 16)
     (shard,) = packed.written["train"]

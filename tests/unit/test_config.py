@@ -107,6 +107,8 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ("corpus.sources=[{name: a, path: x}, {name: a, path: y}]", "two sources share a name"),
         ("serving.min_replicas=5", "min_replicas=5 is more than max_replicas=1"),
         ("name=a/b", "name"),
+        ("corpus.languages=[english]", "corpus.languages.0"),
+        ("corpus.quality.max_digit_share=40", "corpus.quality.max_digit_share"),
     ],
 )
 def test_values_that_contradict_each_other_are_refused(path: Path, override: str, expected: str) -> None:
@@ -129,7 +131,7 @@ def test_only_values_that_change_the_result_count_as_changes(path: Path) -> None
 def test_a_digest_changes_with_its_sections_only(path: Path) -> None:
     recipe = load_recipe(path)
     assert recipe.digest_of("corpus") == load_recipe(path, ["train.lr=1"]).digest_of("corpus")
-    assert recipe.digest_of("corpus") != load_recipe(path, ["corpus.min_characters=1"]).digest_of("corpus")
+    assert recipe.digest_of("corpus") != load_recipe(path, ["corpus.quality.min_characters=1"]).digest_of("corpus")
 
 
 def test_a_recipe_survives_json(path: Path) -> None:

@@ -129,7 +129,7 @@ class _Selection:
         if reason := quality.drop_reason(text, self._config.quality):
             return reason
         if self._config.languages and language.foreign(text, self._config.languages):
-            return "language"
+            return "other language"
         if self._index is not None and contamination.hits(text, self._index):
             return "in an evaluation set"
         return None

@@ -20,7 +20,7 @@ import xxhash
 
 from orchestrator import storage
 from orchestrator.config import Recipe
-from orchestrator.data import shards, sources
+from orchestrator.data import language, shards, sources
 from orchestrator.data import tokenizer as tokenizers
 from orchestrator.data.duplicates import Duplicates, find_duplicates
 from orchestrator.data.evaluation_sets import index_evaluation_sets
@@ -54,6 +54,7 @@ def build_corpus(recipe: Recipe, uri: str, files: Sequence[SourceFile], progress
         UserError: the sources hold no usable document, or too little text for one sequence.
     """
     corpus, config = CorpusDir(uri), recipe.corpus
+    language.check_languages(config.languages)
     units = _settle_units(corpus, files)
     contamination = index_evaluation_sets(config.decontaminate, corpus)
     facts = _read(recipe, corpus, units, contamination, progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -93,7 +94,10 @@ def _run(what: str, work: Callable[[Item], Result], items: Sequence[Item], progr
             return {"index": row["index"], "result": b"", "error": pickle.dumps(error)}
 
     rows = [{"index": index, "item": pickle.dumps(item)} for index, item in enumerate(items)]
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(on_row, num_cpus=CPUS, max_retries=RETRIES)
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+    with warnings.catch_warnings(action="ignore"):
+        # Without a limit, which has no name of its own in Ray 2.60, a task that kills its worker is started for ever.
+        dataset = dataset.map(on_row, num_cpus=CPUS, max_retries=RETRIES)
     results = {}
     for row in dataset.iter_rows():
         if row["error"]:

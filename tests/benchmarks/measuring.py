@@ -45,7 +45,7 @@ def installed_texts() -> Iterator[str]:
             text = file.read_text(encoding="utf-8")
         except (UnicodeDecodeError, OSError):
             continue
-        digest = xxhash.xxh3_64_intdigest(" ".join(text.split()))
+        digest = xxhash.xxh3_64_intdigest(" ".join(text.split()).encode())
         if 200 < len(text) < 2 * MIB and digest not in seen:
             seen.add(digest)
             yield text

@@ -28,7 +28,7 @@ from orchestrator.data.extraction import UnitFacts, condemn, read_unit
 from orchestrator.data.layout import CorpusDir
 from orchestrator.data.manifest import Manifest, data_order, save_manifest
 from orchestrator.data.packing import SPLITS, PackedUnit, PackSettings, pack_unit, tokenizer_key
-from orchestrator.data.passages import find_passages
+from orchestrator.data.passages import Passages, find_passages
 from orchestrator.data.sampling import sample_unit, train_tokenizer
 from orchestrator.data.sources import SourceFile, Unit
 from orchestrator.data.tasks import Progress, run_alone, run_tasks

@@ -137,7 +137,7 @@ def _range(least: Cell, most: Cell) -> str:
 
 
 def _corpus(content: Content) -> Section:
-    manifest, columns = content.manifest, ("documents", "characters")
+    manifest, columns = content.manifest, ("kept", "characters", "tokens")
     if not manifest:
         return "Corpus", ["No corpus yet."]
     documents: Json = manifest.get("documents") or {}
@@ -154,7 +154,7 @@ def _corpus(content: Content) -> Section:
     blocks: list[Block] = [
         Table("lr", ("documents", "count"), list(fates.items())),
         note,
-        Table("lrr", ("source", *columns), sources),
+        Table("lrrr", ("source", *columns), sources),
         Table("lrrr", ("split", "sequences", "tokens", "shards"), splits),
         {_words(key): manifest.get(key) for key in ("vocab_size", "sequence_length", "tail_tokens_dropped")},
         f"Manifest hash: {as_text(manifest.get('hash'))}.",

@@ -80,7 +80,7 @@ def _read(identity: str, name: str, raw: IO[bytes], source: Source, start: int =
         if _is_tar(data) or format_ == "tar":
             yield from _read_tar(identity, data, source)
         else:
-            read = _FORMATS[format_ if format_ in _FORMATS else _sniff(data, source)]
+            read = _FORMATS[format_ if format_ in _FORMATS else _sniff(data, format_)]
             yield Document(identity, _selected(read(data, inner), source))
 
 
@@ -213,8 +213,12 @@ def _format(name: str) -> str | None:
     return _SUFFIXES[max(found, key=len)] if (found := [s for s in _SUFFIXES if lower.endswith(s)]) else None
 
 
-def _sniff(data: bytes, source: Source) -> str:
-    """The format that the content shows, where the name says none or only that it is XML."""
+def _sniff(data: bytes, named: str | None) -> str:
+    """The format that the content shows, where the name says none or only that it is XML.
+
+    Raises:
+        Unreadable: XML of an unknown kind.
+    """
     head = data[: 2**16].lstrip()
     if head.startswith(b"%PDF-"):
         return "pdf"
@@ -226,6 +230,6 @@ def _sniff(data: bytes, source: Source) -> str:
         return "html"
     if b"\\documentclass" in head or b"\\begin{document}" in head or b"\\section" in head:
         return "latex"
-    if head.startswith(b"<?xml"):
+    if named == "xml" or head.startswith(b"<?xml"):
         raise Unreadable("unknown xml")
     return "text"

@@ -11,13 +11,15 @@ import unicodedata
 
 import xxhash
 
+from orchestrator.data.encoding import superscripts
+
 
 def clean(text: str) -> str:
     """Mended Unicode in NFC, line ends as \\n, no trailing blanks, one empty line in a row at most, no boilerplate."""
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     text = text.translate(_ASCII_CONTROLS) if text.isascii() else _mend_unicode(text)
-    # Guards for superscripts and subscripts belong here: NFC keeps them, the tokenizer's NFKC makes x² into x2.
+    text = superscripts(text)
     lines = [line.rstrip(" \t") for line in text.split("\n")]
     text = "\n".join([line for line in lines if line[:3] not in _BOILERPLATE_STARTS or not _is_boilerplate(line)])
     if "\n\n\n" in text:

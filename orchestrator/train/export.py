@@ -75,7 +75,7 @@ def model_card(recipe: Recipe, manifest: Manifest, commit: Commit) -> str:
     """What a reader of the directory needs to know of where the weights come from."""
     train = recipe.train
     sources = "\n".join(
-        f"- {name}: {counts['documents']:,} documents, {counts['characters']:,} characters"
+        f"- {name}: {counts['kept']:,} documents, {counts['characters']:,} characters"
         for name, counts in manifest.sources.items()
     )
     origin = f"`{recipe.model.path}`" if recipe.model.path else "random weights"

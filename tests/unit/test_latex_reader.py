@@ -128,6 +128,15 @@ def test_formulas_in_lines_are_dollars() -> None:
     assert tex(r"costs \$5 and \$6") == "costs $5 and $6"
 
 
+def test_what_sets_the_page_is_no_text() -> None:
+    assert tex(
+        r"a\vskip 2mm plus 1pt minus .5em b \parbox[t]{2cm}{c} \colorbox{red}{d} \makebox[1cm][c]{e} \kern-2pt f"
+    ) == ("a b c d e f")
+    assert tex(r"\begin{IEEEeqnarray}{rCl} a & = & b \end{IEEEeqnarray} \bmhead{Data} here") == (
+        "$$ \\begin{aligned}\na & = & b\n\\end{aligned} $$\n\n##### Data\n\nhere"
+    )
+
+
 def test_references_are_numbers_or_nothing() -> None:
     text = tex(
         r"""\section{One}\label{one} \subsection{Sub}\label{sub}
@@ -184,8 +193,8 @@ def test_lists_nest() -> None:
 
 
 def test_footnotes_stand_before_the_punctuation() -> None:
-    assert tex(r"We use X,\footnote{Found at \url{http://a.b/c_d%20e}.} which works.\footnotemark") == (
-        "We use X (Found at http://a.b/c_d%20e), which works."
+    assert tex(r"We use X,\footnote{Found at \url{http://a.b/c_d%20e}.} which works.\footnotemark And \date so.") == (
+        "We use X (Found at http://a.b/c_d%20e), which works.And so."
     )
 
 

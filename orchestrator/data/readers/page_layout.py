@@ -186,9 +186,10 @@ class _Layout:
         if line.text.startswith("- "):
             return True
         same_column = before.page == line.page and self._margin(before) == self._margin(line)
-        if same_column and before.bottom - line.top > _GAP * line.size:
-            return True
         margin, end = self._margin(before), self._end(before)
+        is_cut = before.right > end - _SHORT * (end - margin) and line.text[0].islower()
+        if same_column and before.bottom - line.top > _GAP * line.size:
+            return not (self._asides and is_cut)  # the gap may be that of a figure
         if line.text[0].isupper() and same_column and before.right < (margin + end) / 2:
             return True
         if not before.text.endswith(_SENTENCE_ENDS):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.data.readers.markup import heading, reference, subscript, superscript
 from orchestrator.data.readers.tex import vocabulary
-from orchestrator.data.readers.tex.lexer import join, name_of
+from orchestrator.data.readers.tex.lexer import join, name_of, tokenize
 from orchestrator.data.readers.tex.paper import NOTHING, reference_mark
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _ESCAPED = re.compile(r"\\([%#_&~{}$])")
 _LENGTH = re.compile(r"\s*-?[\d.]+\s*[a-z]{2}\s*|\s*-?[\d.]*\\[A-Za-z]+\s*")
+_TEX_LENGTH = re.compile(r"\s*=?\s*-?[\d.]+\s*[a-z]{2}\b(?:\s*(?:plus|minus)\s*-?[\d.]+\s*[a-z]{2,4}\b)*")
 _MAX_COLUMNS = 100
 _BIBLIOGRAPHY = {"references", "bibliography", "literature cited"}
 
@@ -192,6 +193,14 @@ def _line_break(writer: Writer, name: str) -> None:
     writer.say(" ")
 
 
+def _length(writer: Writer, name: str) -> None:
+    """\\vskip 2mm plus 1pt"""
+    text = ""
+    while len(text) < 80 and writer.tokens and writer.tokens.peek()[0] not in "\\{}$":
+        text += writer.tokens.raw()
+    writer.tokens.push(tokenize(_TEX_LENGTH.sub("", text, count=1)))
+
+
 def _either(writer: Writer, name: str) -> None:
     """\\texorpdfstring{for the press}{for the outline}"""
     text = writer.tokens.argument()
@@ -256,6 +265,7 @@ COMMANDS: dict[str, Callable[[Writer, str], None]] = {
     "multicolumn": _columns,
     **dict.fromkeys(("cmidrule", "cmidrule*"), _rule),
     **dict.fromkeys(("\\", "tabularnewline"), _line_break),
+    **dict.fromkeys(vocabulary.LENGTHS, _length),
     "texorpdfstring": _either,
     "twocolumn": _unwrap_optional,
     "numberwithin": _within,

@@ -7,35 +7,35 @@ import functools
 DROPPED: dict[str, int] = {
     name: arguments
     for arguments, names in {
-        0: "BibitemOpen BibitemShut IEEEoverridecommandlockouts glsresetall noindent centering maketitle hyperref",
+        0: "BibitemOpen BibitemShut IEEEoverridecommandlockouts glsresetall footnotemark hyperref allowdisplaybreaks",
         1: """
-            author affiliation affil affiliations address email date thanks institute keywords pacs subjclass keyword
-            author* affil* vspace hspace vskip hskip includegraphics color pagecolor hypersetup bibliographystyle
-            bibliography addbibresource pagestyle thispagestyle pagenumbering usepackage RequirePackage documentclass
-            documentstyle graphicspath hyphenation phantom hphantom vphantom cline todo nocite textcolor href
-            raisebox scalebox rotatebox titlerunning authorrunning running shorttitle shortauthors corres
-            correspondingauthor correspondence received revised accepted published orcid orcidlink ORCID fntext corref
-            cortext fnref tnotetext tnoteref ead thanksref index footnotemark tablenotemark captionsetup urlstyle
-            allowdisplaybreaks theoremstyle bibinfo bibfield ccsdesc setcopyright copyrightyear acmYear acmDOI acmISBN
-            acmPrice acmJournal acmVolume acmNumber acmArticle acmMonth authornote additionalaffiliation preprint
+            author affiliation affil affiliations address email date thanks institute keywords pacs
+            subjclass keyword vspace hspace includegraphics includesvg includepdf epsfig psfig epsfbox
+            epsffile epsscale plotone color pagecolor hypersetup bibliographystyle bibliography
+            addbibresource pagestyle thispagestyle pagenumbering usepackage RequirePackage documentclass
+            documentstyle graphicspath hyphenation phantom hphantom vphantom cline todo marginpar
+            marginnote deleted nocite textcolor colorbox href raisebox rotatebox scalebox adjustbox parbox
+            foreignlanguage titlerunning authorrunning shorttitle shortauthors corres correspondingauthor
+            correspondence received revised accepted published submitto orcid orcidlink ORCID fntext
+            corref cortext fnref tnotetext tnoteref ead emailAdd arxivnumber thanksref index
+            tablenotemark captionsetup urlstyle theoremstyle bibinfo bibfield ccsdesc
+            setcopyright copyrightyear acmYear acmDOI acmISBN acmPrice acmJournal acmVolume acmNumber
+            acmArticle acmMonth acmSubmissionID authornote authorsaddresses additionalaffiliation preprint
             dedicatory curraddr urladdr onlineid vgtccategory journal icmltitlerunning icmlkeywords
-            icmlcorrespondingauthor usetikzlibrary tikzset pgfplotsset lstset sisetup colorlet setlist geometry
-            linespread fontfamily fontseries fontshape selectlanguage typeout message special PassOptionsToPackage
-            setcitestyle arrayrulecolor rowcolor cellcolor columncolor newlength newcounter newtoks newsavebox
-            usebox stepcounter refstepcounter externaldocument makebox framebox ifthenelse lstinputlisting
-            bibpunct includeonly DeclareGraphicsExtensions captionof* setstretch endnote fontencoding savebox
-            Author Address Keyword firstnote corresp abbreviations PACS MSC msc subject category terms input include
+            icmlcorrespondingauthor usetikzlibrary tikzset pgfplotsset lstset sisetup colorlet setlist
+            geometry linespread fontfamily fontseries fontshape fontencoding selectlanguage typeout
+            message special PassOptionsToPackage setcitestyle bibpunct arrayrulecolor rowcolor cellcolor
+            columncolor newlength newcounter newtoks newsavebox savebox usebox stepcounter refstepcounter
+            externaldocument lstinputlisting includeonly setstretch input include
+            DeclareGraphicsExtensions Author Address firstnote corresp PACS MSC msc category terms
         """,
         2: """
-            rule setlength addtolength setcounter addtocounter colorbox markboth fontsize settowidth settoheight
-            resizebox resizebox* icmlauthor icmlaffiliation parbox newcites titleformat setkeys
-            lstdefinelanguage lstdefinestyle newcolumntype fcolorbox DeclareFieldFormat multirow newglossaryentry
-            addtocontents etocsettocstyle sbox
+            rule setlength addtolength setcounter addtocounter fcolorbox markboth fontsize settowidth
+            settoheight resizebox plottwo icmlauthor icmlaffiliation newcites titleformat setkeys
+            lstdefinelanguage lstdefinestyle newcolumntype DeclareFieldFormat multirow newglossaryentry
+            addtocontents ifthenelse sbox
         """,
-        3: """
-            addcontentsline titlespacing titlespacing* definecolor crefname Crefname acmConference newacronym
-            DeclarePairedDelimiter
-        """,
+        3: "addcontentsline titlespacing definecolor crefname Crefname acmConference newacronym DeclarePairedDelimiter",
     }.items()
     for name in names.split()
 }
@@ -88,20 +88,28 @@ NAMED_REFERENCES = frozenset("cref Cref autoref vref Vref fref Fref".split())
 SECTIONS = {
     name: level
     for level, name in enumerate("part chapter section subsection subsubsection paragraph subparagraph".split())
-}
+} | {"bmhead": 5}
 """Command -> its level; without chapters, the level of its heading too."""
 
 MATHS = {
     name + star: rows
     for rows, names in {
         "": "equation displaymath math dmath",
-        "aligned": "align flalign alignat xalignat eqnarray",
+        "aligned": "align flalign alignat xalignat eqnarray IEEEeqnarray empheq",
         "gathered": "gather multline dgroup",
     }.items()
     for name in names.split()
     for star in ("", "*")
 }
 """Environment -> the one that holds its rows between $$ and $$."""
+
+MATHS_WITH_ARGUMENT = tuple("alignat xalignat IEEEeqnarray empheq".split())
+
+LENGTHS = """
+    vskip hskip kern vglue hglue mskip parskip parindent baselineskip leftskip rightskip hsize vsize
+    textwidth textheight topmargin oddsidemargin evensidemargin tabcolsep arraycolsep columnsep hangindent lineskip
+""".split()
+"""Commands that TeX's own lengths follow, without braces."""
 
 FLOATS = {
     name + star: kind
@@ -123,7 +131,7 @@ TABLES = {
 """Environment -> its arguments."""
 LISTS = frozenset(
     """
-    itemize enumerate description compactitem compactenum inparaenum itemize* enumerate* list trivlist enumerate1
+    itemize enumerate description compactitem compactenum inparaenum itemize* enumerate* list trivlist
     compactdesc tablenotes asparaenum
     """.split()
 )
@@ -144,7 +152,7 @@ HEADED = {
 ENVIRONMENT_ARGUMENTS = {
     "minipage": 1, "multicols": 1, "adjustbox": 1, "spacing": 1, "wrapfigure": 2, "wraptable": 2, "floatingfigure": 1,
     "adjustwidth": 2, "list": 2, "textblock": 1, "column": 1, "subfigure": 1, "subtable": 1, "subcaptionblock": 1,
-    "addmargin": 1, "otherlanguage": 1, "CJK": 2, "CJK*": 2, "strip": 0,
+    "addmargin": 1, "otherlanguage": 1, "CJK": 2, "CJK*": 2,
 }  # fmt: skip
 PSEUDOCODE = frozenset("algorithmic algorithmicx".split())
 PSEUDOCODE_WORDS = {

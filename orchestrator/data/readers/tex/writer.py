@@ -43,6 +43,12 @@ class Float:
     parts: list[str] = field(default_factory=list)
     """Captions of its parts, (a), (b) ..."""
 
+    def all_captions(self) -> list[str]:
+        """Most have one, behind which those of the parts stand."""
+        if not self.parts:
+            return self.captions
+        return [*self.captions[:-1], " ".join([*self.captions[-1:], *self.parts])]
+
 
 @dataclass
 class _List:
@@ -178,7 +184,9 @@ class Writer:
             return
         for _ in range(vocabulary.DROPPED.get(name, 0)):
             self.drop_optional()
-            self.tokens.argument()
+            self.tokens.skip_blank()
+            if self.tokens.peek()[:1] in ("{", "\\"):
+                self.tokens.argument()
         if not blank:
             self.drop_optional()
 
@@ -270,8 +278,9 @@ class Writer:
         tokens = self.tokens.until_end(name)
         if tokens is None:
             return
-        if "alignat" in name:
+        if name.startswith(vocabulary.MATHS_WITH_ARGUMENT):
             columns = Tokens(tokens, self.tokens.macros)
+            columns.optional()
             columns.argument()
             tokens = columns.rest()
         rows, anchor = vocabulary.MATHS[name], self.paper.anchor
@@ -338,8 +347,7 @@ class Writer:
         blocks = inside._astronomers_table() if name.startswith("deluxetable") else inside.write()
         if kind == "Figure":
             blocks = [block for block in blocks if block.kind in ("table", "code", "formula")]
-        caption = " ".join([*current.captions, *current.parts])
-        self._floats += [*([Block("caption", caption)] if caption else []), *blocks]
+        self._floats += [*(Block("caption", caption) for caption in current.all_captions()), *blocks]
         self.paper.anchor = anchor
 
     def caption(self, kind: str, tokens: list[str], numbered: bool = True) -> None:
@@ -358,7 +366,7 @@ class Writer:
         else:
             current.captions.append(self.inline(tokens))
         if alone:
-            self._floats.append(Block("caption", " ".join([*current.captions, *current.parts])))
+            self._floats += [Block("caption", caption) for caption in current.all_captions()]
             self.float = None
 
     def _table(self, name: str) -> None:

@@ -99,10 +99,10 @@ def _histogram(sources: dict[str, Any]) -> list[str]:
         for power, count in source["lengths"].items():
             counts[int(power)] = counts.get(int(power), 0) + count
     most = max(counts.values(), default=1)
-    rows = [
-        f"{2**power:>10,} - {2 ** (power + 1) - 1:<12,} {counts.get(power, 0):>10,} {'#' * round(BAR * counts.get(power, 0) / most)}"
-        for power in range(min(counts, default=0), max(counts, default=-1) + 1)
-    ]
+    rows = []
+    for power in range(min(counts, default=0), max(counts, default=-1) + 1):
+        count = counts.get(power, 0)
+        rows.append(f"{2**power:>10,} - {2 ** (power + 1) - 1:<12,} {count:>10,} {'#' * round(BAR * count / most)}")
     return ["documents by tokens", *(row.rstrip() for row in rows)]
 
 

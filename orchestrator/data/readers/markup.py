@@ -1,4 +1,4 @@
-"""Galactica's Markdown, which every reader of a scientific format writes (Taylor et al., 2022, section 3)."""
+"""Galactica's Markdown, which every reader of a scientific format writes (Taylor et al., "Galactica", 2022)."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class Source(Section):
     include: tuple[str, ...] = ()
     """File name patterns to take from a directory; empty takes every format that Terrane reads."""
     format: SourceFormat = "auto"
-    """auto goes by each file's name, then by its content. `docstrings` takes the documentation out of Python sources."""
+    """auto goes by each file's name, then by its content. docstrings takes the documentation out of Python sources."""
     select: Literal["all", "abstract_introduction_conclusion"] = "all"
     """What of a paper is kept: everything, or what AstroLLaMA was trained on."""
     text_field: str = Field(default="text", min_length=1)

@@ -75,7 +75,7 @@ def read_unit(unit: Unit, uri: str, config: CorpusConfig, contamination_key: str
     done = load_facts(corpus, unit)
     if done and done.key == key:
         return done
-    step = _Selection(config, corpus.contamination if contamination_key else "")
+    step = _Selection(config, corpus.contamination, contamination_key)
     with _UnitWriter(corpus, unit.number, config.near_duplicates) as writer:
         for document in _documents(unit, corpus, config, journal):
             writer.add(document if isinstance(document, Dropped) else step.decide(document))
@@ -116,9 +116,9 @@ def _poisonous(corpus: CorpusDir, unit: int) -> set[int]:
 class _Selection:
     """Every step from a document's raw text to its place in the corpus, or to the reason why it has none."""
 
-    def __init__(self, config: CorpusConfig, contamination_uri: str) -> None:
+    def __init__(self, config: CorpusConfig, contamination_uri: str, contamination_key: str) -> None:
         self._config = config
-        self._index = _load_index(contamination_uri) if contamination_uri else None
+        self._index = _load_index(contamination_uri, contamination_key) if contamination_key else None
 
     def decide(self, document: Document) -> Document | Dropped:
         text = steps.clean(document.text)
@@ -136,7 +136,8 @@ class _Selection:
 
 
 @functools.lru_cache(maxsize=1)
-def _load_index(uri: str) -> np.ndarray:
+def _load_index(uri: str, key: str) -> np.ndarray:
+    """Read once a process; the key tells one content from another."""
     return np.frombuffer(storage.read(uri), "<u8")
 
 

@@ -175,3 +175,30 @@ def test_what_a_given_model_decides_must_not_stand_beside_it(path: Path, key: st
     error = refusal(path, "model.path=/m", key)
     assert f"{key.split('=')[0]} does nothing beside model.path" in error.message
     load_recipe(path, [key])
+
+
+def with_mixture(path: Path, mixture: str) -> Path:
+    path.write_text(RECIPE.replace("train:", f"    - {{name: b, path: /more}}\n  mixture: {mixture}\ntrain:", 1))
+    return path
+
+
+def test_a_mixture_is_read(path: Path) -> None:
+    recipe = load_recipe(with_mixture(path, "[{weights: {a: 0.8, b: 0.2}, tokens: 1000}, {weights: {b: 1}}]"))
+    assert [stage.tokens for stage in recipe.corpus.mixture] == [1000, None]
+
+
+@pytest.mark.parametrize(
+    ("mixture", "message"),
+    [
+        ("[{weights: {a: 1, c: 1}}]", "mixture names c, which is no source"),
+        ("[{weights: {a: 0}}]", "every weight is 0"),
+        ("[{weights: {a: -1}}]", "greater than or equal to 0"),
+        ("[{weights: {}}]", "at least 1 item"),
+        ("[{weights: {a: 1, b: 0.00001}}]", "below 1/10000"),
+        ("[{weights: {a: 1}}, {weights: {b: 1}}]", "only the last stage"),
+        ("[{weights: {a: 1}, tokens: 5}]", "lasts to the end"),
+    ],
+)
+def test_a_mixture_that_means_nothing_is_refused(path: Path, mixture: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_recipe(with_mixture(path, mixture))

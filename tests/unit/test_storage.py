@@ -115,3 +115,59 @@ def test_a_half_written_file_is_never_seen(tmp_path: Path, monkeypatch: pytest.M
         storage.write(uri, b"new")
     assert storage.read(uri) == b"old"
     assert storage.list_files(str(tmp_path)) == ["f"]
+
+
+def test_a_file_is_read_in_pieces_from_anywhere(anywhere: str) -> None:
+    uri = f"{anywhere}/a.bin"
+    data = bytes(range(256)) * 100
+    storage.write(uri, data)
+    assert storage.read_range(uri, 10, 5) == data[10:15]
+    assert storage.read_range(uri, len(data) - 2, 10) == data[-2:]
+    assert storage.read_range(uri, 5, 0) == b""
+    with storage.reading(uri) as stream:
+        stream.seek(100)
+        assert stream.read(10) == data[100:110]
+        assert stream.read() == data[110:]
+        assert stream.read(1) == b""
+    with pytest.raises(FileNotFoundError), storage.reading(f"{anywhere}/none"):
+        pass
+
+
+def test_a_read_from_s3_is_tried_twice(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.write(f"{bucket}/a.bin", b"content")
+    read_range, failures = storage.read_range, [ConnectionError("broke off")]
+
+    def unsteady(*args: object) -> bytes:
+        if failures:
+            raise failures.pop()
+        return read_range(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(storage, "read_range", unsteady)
+    with storage.reading(f"{bucket}/a.bin") as stream:
+        assert stream.read() == b"content"
+    failures += [ConnectionError("broke off")] * 2
+    with storage.reading(f"{bucket}/a.bin") as stream, pytest.raises(OSError, match="broke off"):
+        stream.read()
+
+
+def test_a_listing_shows_sizes_and_versions(anywhere: str) -> None:
+    for name, data in (("a", b"1"), ("sub/b", b"22"), ("sub-c", b"333")):
+        storage.write(f"{anywhere}/in/{name}", data)
+    before = {entry.name: entry for entry in storage.list_entries(f"{anywhere}/in")}
+    assert {name: entry.bytes for name, entry in before.items()} == {"a": 1, "sub/b": 2, "sub-c": 3}
+    assert [entry.name for entry in storage.list_entries(f"{anywhere}/in/sub")] == ["b"]
+    assert [entry.name for entry in storage.list_entries(f"{anywhere}/in/a")] == ["a"]
+    assert storage.list_entries(f"{anywhere}/none") == []
+    storage.write(f"{anywhere}/in/a", b"2")
+    after = {entry.name: entry for entry in storage.list_entries(f"{anywhere}/in")}
+    assert [name for name in after if after[name] != before[name]] == ["a"]
+
+
+def test_a_file_of_any_size_is_published_whole(anywhere: str) -> None:
+    with storage.writing(f"{anywhere}/a") as path:
+        path.write_bytes(b"whole")
+    assert storage.read(f"{anywhere}/a") == b"whole"
+    with pytest.raises(KeyError), storage.writing(f"{anywhere}/b") as path:
+        path.write_bytes(b"half")
+        raise KeyError
+    assert not storage.exists(f"{anywhere}/b")

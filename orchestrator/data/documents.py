@@ -15,7 +15,9 @@ from orchestrator.data import compression, records
 from orchestrator.data.readers import Unreadable, code, markup, plain
 
 MAX_DOCUMENT_BYTES = 64 * 2**20
-"""Of one document, decompressed. A larger one is dropped as too large, before it is held in memory."""
+"""Of a file that is one document, decompressed. A larger one is dropped as too large, before it is held in memory."""
+MAX_PDF_BYTES = 256 * 2**20
+"""Most of them are pictures."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,10 @@ def _read(identity: str, name: str, raw: IO[bytes], source: Source, start: int =
     if format_ == "jsonl":
         yield from _read_lines(identity, stream, source, start, end)
     elif format_ == "parquet":
-        seekable = stream if inner == name else io.BytesIO(_bounded(stream))
+        seekable = stream if inner == name else io.BytesIO(_bounded(stream, MAX_DOCUMENT_BYTES))
         yield from _read_rows(identity, seekable, source, start, end)
     else:
-        data = _bounded(stream)
+        data = _bounded(stream, MAX_PDF_BYTES if format_ == "pdf" else MAX_DOCUMENT_BYTES)
         if _is_tar(data) or format_ == "tar":
             yield from _read_tar(identity, data, source)
         else:
@@ -84,9 +86,9 @@ def _read(identity: str, name: str, raw: IO[bytes], source: Source, start: int =
             yield Document(identity, _selected(read(data, inner), source))
 
 
-def _bounded(stream: IO[bytes]) -> bytes:
-    data = stream.read(MAX_DOCUMENT_BYTES + 1)
-    if len(data) > MAX_DOCUMENT_BYTES:
+def _bounded(stream: IO[bytes], limit: int) -> bytes:
+    data = stream.read(limit + 1)
+    if len(data) > limit:
         raise Unreadable("too large")
     return data
 

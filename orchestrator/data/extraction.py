@@ -24,6 +24,10 @@ from orchestrator.data.texts import BATCH_CHARACTERS, TextWriter
 VERSION = 1
 """Raise it when a reader or a step changes what it gives: units are then read anew."""
 
+MAX_CHARACTERS = 2**24
+"""Of one document: what is done to a text takes up to 50 bytes of memory a character, and a worker has 2 GB."""
+SHOWN_CHARACTERS = 10_000
+
 EXACT = np.dtype([("key", "<u8"), ("rest", "<u8"), ("row", "<u4")])
 NEAR = np.dtype([("key", "<u8"), ("row", "<u4"), ("sketch", "u1", (minhash.SKETCH_BYTES,))])
 
@@ -121,6 +125,8 @@ class _Selection:
         self._index = _load_index(contamination_uri, contamination_key) if contamination_key else None
 
     def decide(self, document: Document) -> Document | Dropped:
+        if len(document.text) > MAX_CHARACTERS:
+            return Dropped(document.id, "too large", document.text[:SHOWN_CHARACTERS])
         text = steps.clean(document.text)
         reason = self._reason(text)
         return Dropped(document.id, reason, text) if reason else Document(document.id, text)

@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from orchestrator.data.tokenizer import guard, splits_spans
 from serve.auth import Keys
 from serve.engine import Engine, EngineError, Sampling
 from serve.schemas import (
@@ -81,7 +82,9 @@ class Service:
     def _encode(self, text: str, param: str, *, special: bool = True) -> list[int]:
         if len(text) > self.engine.max_length * CHARACTERS_PER_TOKEN:
             raise self._too_long(f"a prompt of {len(text)} characters does not fit", param)
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special)
+        # A sequence of a prompt becomes the tokens that it had in training: one a character.
+        guarded = guard(text) if splits_spans(self.tokenizer) else text
+        ids: list[int] = self.tokenizer.encode(guarded, add_special_tokens=special)
         if not ids:
             raise ApiError(400, "a prompt has no tokens", param=param)
         return ids

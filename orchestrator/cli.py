@@ -110,6 +110,8 @@ def _next_commands(run: RunDir) -> str:
 
     place = _shortest(run.uri)
     lines = [f"done: {place}", f"  look      terrane status {place}"]
+    if storage.exists(run.corpus_manifest) and not storage.exists(run.model_manifest):
+        lines.append(f"  corpus    terrane corpus {place}")
     if storage.exists(run.report_html):
         lines.append(f"  read      {place}/report.html")
     if storage.exists(run.model_manifest):
@@ -210,7 +212,8 @@ def corpus(
         rows: Any = [vars(p) for p in passages]
     elif dropped is not None:
         documents = corpora.dropped(found, dropped, limit)
-        lines = [f"{d.reason:24}  {d.id}" for d in documents]
+        lines = [f"{d.reason:24}  {d.id}{f'  = {d.of}' if d.of else ''}" for d in documents]
+        lines += [f"... the first {limit}; --limit shows more"] if len(documents) == limit else []
         rows = [vars(d) for d in documents]
     else:
         rows = corpora.summarize(found)

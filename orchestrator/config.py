@@ -459,7 +459,10 @@ def _collect_lines(file: str, node: yaml.Node, place: _PLACE, lines: dict[_PLACE
 
 def _explain(document: _Document, error: ValidationError) -> UserError:
     messages, hint = [], ""
+    places = {item["loc"] for item in error.errors()}
     for item in error.errors():
+        if item["type"] == "too_short" and any(loc[: len(item["loc"])] == item["loc"] != loc for loc in places):
+            continue  # its entries are there, and wrong
         location = tuple(str(part) for part in item["loc"])
         dotted = ".".join(location)
         if item["type"] == "extra_forbidden":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -86,6 +86,11 @@ def describe(summary: dict[str, Any]) -> str:
             for name, s in summary["splits"].items()
         ),
         f"{summary['tail_tokens_dropped']:,} tokens at the very end fill no sequence",
+        *(
+            f"{name}: {s['cut_bytes']:,} bytes of passages cut that stand in earlier documents"
+            for name, s in summary["sources"].items()
+            if s["cut_bytes"]
+        ),
         "",
         *_histogram(summary["sources"]),
         *_clusters(summary["clusters"]),
@@ -145,4 +150,7 @@ def dropped(corpus: Corpus, reason: str, limit: int) -> list[inspection.DroppedD
     reasons = corpus.manifest.documents["dropped"]
     if reason != "all" and reason not in reasons:
         raise UserError(f"no document was dropped as {reason!r}", f"reasons here: {', '.join(reasons) or 'none'}")
-    return list(islice(inspection.dropped(corpus.uri, None if reason == "all" else reason), limit))
+    found = list(islice(inspection.dropped(corpus.uri, None if reason == "all" else reason), limit))
+    numbers = {d.of: (int(d.of.split(":")[0]) << 32) | int(d.of.split(":")[1]) for d in found if d.of}
+    names = inspection.document_ids(corpus.uri, list(numbers.values()))
+    return [replace(d, of=names[numbers[d.of]]) if d.of else d for d in found]

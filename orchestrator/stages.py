@@ -13,6 +13,8 @@ from orchestrator.accelerators import ACCELERATORS
 from orchestrator.config import Recipe
 from orchestrator.console import Console
 from orchestrator.data import pipeline
+from orchestrator.data.evaluation_sets import list_evaluation_sets
+from orchestrator.data.language import check_languages
 from orchestrator.data.manifest import Manifest, load_manifest
 from orchestrator.data.sources import SourceFile, list_sources
 from orchestrator.data.tokenizer import check_directory
@@ -70,6 +72,8 @@ def check_inputs(recipe: Recipe) -> list[SourceFile]:
         UserError: names the first thing that is wrong.
     """
     files = list_sources(recipe.corpus)
+    check_languages(recipe.corpus.languages)
+    list_evaluation_sets(recipe.corpus.decontaminate)
     if recipe.model.path:
         check_model_directory(recipe.model.path)
     given = recipe.tokenizer.path or recipe.model.path
@@ -144,11 +148,7 @@ def _corpus_done(session: _Session) -> bool:
 def _make_corpus(session: _Session) -> None:
     session.connect()
     manifest = pipeline.build_corpus(session.recipe, session.run.corpus, session.files, session.console.progress)
-    documents, train = manifest.documents, manifest.splits["train"]
-    dropped = ", ".join(f"{count} {reason}" for reason, count in documents["dropped"].items())
-    log.info(
-        "corpus: %d documents read, %d kept (dropped: %s)", documents["read"], documents["kept"], dropped or "none"
-    )
+    train = manifest.splits["train"]
     log.info("corpus: %d training tokens in %d shards", train["tokens"], len(train["shards"]))
 
 

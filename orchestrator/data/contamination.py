@@ -31,7 +31,7 @@ def index(texts: Iterable[str], n: int = 13) -> np.ndarray:
         if len(batch) == _BATCH:
             known, batch = np.union1d(known, np.concatenate(batch)), []
     known = np.unique(np.concatenate([known, *batch]))
-    log.info("contamination index: %d %d-grams of %d items; %d have fewer words", len(known), n, items, short)
+    log.info("evaluation sets: %d texts looked for; %d of fewer than %d words are not", items - short, short, n)
     return known
 
 

@@ -26,14 +26,25 @@ def index_evaluation_sets(path: str | None, corpus: CorpusDir) -> str:
     """
     if path is None:
         return ""
-    entries = [e for e in storage.list_entries(path) if compression.inner_name(e.name).lower().endswith(SUFFIXES)]
-    if not entries:
-        raise UserError(f"corpus.decontaminate: no {', '.join(SUFFIXES)} file at {path}", "give a directory of them")
-    index = contamination.index(text for entry in entries for text in read_texts(storage.join(path, entry.name)))
+    index = contamination.index(text for uri in list_evaluation_sets(path) for text in read_texts(uri))
     if not len(index):
         raise UserError(f"corpus.decontaminate: no text of 13 words or more at {path}")
     storage.write(corpus.contamination, index.astype("<u8").tobytes())
     return str(xxhash.xxh3_128_hexdigest(index.tobytes()))
+
+
+def list_evaluation_sets(path: str | None) -> list[str]:
+    """The files of a directory that hold evaluation items.
+
+    Raises:
+        UserError: there is none.
+    """
+    if path is None:
+        return []
+    entries = [e for e in storage.list_entries(path) if compression.inner_name(e.name).lower().endswith(SUFFIXES)]
+    if not entries:
+        raise UserError(f"corpus.decontaminate: no {', '.join(SUFFIXES)} file at {path}", "give a directory of them")
+    return [storage.join(path, entry.name) for entry in entries]
 
 
 def read_texts(uri: str) -> Iterator[str]:

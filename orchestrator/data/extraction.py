@@ -6,6 +6,7 @@ import collections
 import contextlib
 import functools
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -27,6 +28,8 @@ VERSION = 1
 MAX_CHARACTERS = 2**24
 """Of one document: what is done to a text takes up to 50 bytes of memory a character, and a worker has 2 GB."""
 SHOWN_CHARACTERS = 10_000
+
+_CITATIONS = re.compile(r"\[START_REF\][^\[\n]*\[END_REF\]|\[[\d,;\s\u2013-]{1,40}\]")
 
 EXACT = np.dtype([("key", "<u8"), ("rest", "<u8"), ("row", "<u4")])
 NEAR = np.dtype([("key", "<u8"), ("row", "<u4"), ("sketch", "u1", (minhash.SKETCH_BYTES,))])
@@ -220,7 +223,8 @@ class _UnitWriter:
 
 def _near_records(texts: list[str], rows: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """One record a document and band."""
-    signatures = minhash.signatures(texts)
+    # The same paper cites by number in one format and by title in another.
+    signatures = minhash.signatures([_CITATIONS.sub(" ", text) for text in texts])
     keys = minhash.band_keys(signatures, *shape)
     records = np.empty(keys.size, NEAR)
     records["key"] = keys.ravel()

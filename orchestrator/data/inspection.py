@@ -32,7 +32,7 @@ class DroppedDocument:
     reason: str
     text: str
     of: str = ""
-    """The document that it repeats, as unit:row."""
+    """The document that it repeats: unit:row, or its id."""
 
 
 def trace(uri: str, manifest: Manifest, samples: list[int], split: str = "train") -> list[Passage]:

@@ -13,16 +13,21 @@ import numpy as np
 import xxhash
 
 from orchestrator import storage
+from orchestrator.config import QualityConfig
 from orchestrator.data import shards, spans, steps
 from orchestrator.data.duplicates import Duplicates
 from orchestrator.data.encoding import Encoder, load_encoder
 from orchestrator.data.layout import CorpusDir
 from orchestrator.data.passages import Passages, cuts
+from orchestrator.data.quality import drop_reason
 from orchestrator.data.shards import Packed
 from orchestrator.data.texts import TextWriter, read_texts
 
 ROW = 2**32 - 1
 """The part of a document's number that is its row."""
+
+LEAST_REST = 1 / 3
+"""Of a document's bytes: with less than that after cuts, it is dropped as duplicate passages."""
 
 SPLITS = ("train", "held_out")
 SHARD_TOKENS = 2**24
@@ -39,8 +44,8 @@ class PackSettings:
     """Digest of its content."""
     sequence_length: int
     held_out: float
-    min_characters: int
-    """What is left of a document after cuts must be so long."""
+    quality: QualityConfig
+    """What is left of a document after cuts must pass too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,12 +144,17 @@ class _Packer:
         by_split: dict[str, list[tuple[str, str, int, bytes]]] = {split: [] for split in SPLITS}
         for document in documents:
             _, text, cut_bytes, digest = document
-            if cut_bytes and len(text) < self._settings.min_characters:
+            if cut_bytes and self._is_remnant(text, cut_bytes):
                 self.drop(document[0], "duplicate passages", text)
             else:
                 by_split[_split(digest, self._settings.held_out)].append(document)
         for split, chosen in by_split.items():
             self._add(split, chosen)
+
+    def _is_remnant(self, text: str, cut_bytes: int) -> bool:
+        """Whether too little is left of a text to make sense: formulas without their prose, the end of a list."""
+        rest = len(text.encode())
+        return rest < LEAST_REST * (rest + cut_bytes) or drop_reason(text, self._settings.quality) is not None
 
     def _add(self, split: str, documents: list[tuple[str, str, int, bytes]]) -> None:
         encoded = self._encoder.encode([text for _, text, _, _ in documents])

@@ -20,7 +20,7 @@ import xxhash
 
 from orchestrator import storage
 from orchestrator.config import Recipe
-from orchestrator.data import language, shards, sources
+from orchestrator.data import shards, sources
 from orchestrator.data import tokenizer as tokenizers
 from orchestrator.data.duplicates import Duplicates, find_duplicates
 from orchestrator.data.evaluation_sets import index_evaluation_sets
@@ -54,7 +54,6 @@ def build_corpus(recipe: Recipe, uri: str, files: Sequence[SourceFile], progress
         UserError: the sources hold no usable document, or too little text for one sequence.
     """
     corpus, config = CorpusDir(uri), recipe.corpus
-    language.check_languages(config.languages)
     units = _settle_units(corpus, files)
     contamination = index_evaluation_sets(config.decontaminate, corpus)
     facts = _read(recipe, corpus, units, contamination, progress)
@@ -65,7 +64,7 @@ def build_corpus(recipe: Recipe, uri: str, files: Sequence[SourceFile], progress
         tokenizer_key=tokenizer_key(corpus.tokenizer),
         sequence_length=recipe.train.sequence_length,
         held_out=config.held_out,
-        min_characters=config.quality.min_characters or 0,
+        quality=config.quality,
     )
     packed = run_tasks("tokenise and pack", lambda n: pack_unit(n, found, passages, settings), found.units, progress)
     manifest = _manifest(recipe, corpus, files, units, facts, packed, found)
@@ -85,13 +84,10 @@ def _settle_units(corpus: CorpusDir, files: Sequence[SourceFile]) -> list[Unit]:
         before = []
     units = sources.extend_units(before, list(files))
     if before and units != before:
-        log.info("corpus: %d of %d units are as they were, %d are new", _common(units, before), len(before), len(units))
+        same = len({unit.number for unit in units} & {unit.number for unit in before})
+        log.info("corpus: the files of %d units of work are as they were, %d units are new", same, len(units) - same)
     storage.write(corpus.units, json.dumps(sources.units_as_json(units)).encode())
     return units
-
-
-def _common(units: list[Unit], before: list[Unit]) -> int:
-    return len({unit.number for unit in units} & {unit.number for unit in before})
 
 
 def _read(
@@ -181,6 +177,13 @@ def _manifest(
     }
     counts = {name: _counts(parts) for name, parts in by_source.items()}
     totals = sum((collections.Counter(c["dropped"]) for c in counts.values()), collections.Counter())
+    documents = {
+        "read": sum(c["read"] for c in counts.values()),
+        "kept": sum(c["kept"] for c in counts.values()),
+        "dropped": dict(sorted(totals.items())),
+    }
+    reasons = ", ".join(f"{count} {reason}" for reason, count in documents["dropped"].items()) or "none"
+    log.info("corpus: %d documents read, %d kept (dropped: %s)", documents["read"], documents["kept"], reasons)
     splits, lost = _splits(recipe, corpus, {name: [p for _, p in parts] for name, parts in by_source.items()})
     manifest = Manifest(
         hash=xxhash.xxh3_128_hexdigest(
@@ -190,11 +193,7 @@ def _manifest(
         files=listing_digest(files),
         sequence_length=recipe.train.sequence_length,
         vocab_size=_vocabulary_size(corpus),
-        documents={
-            "read": sum(c["read"] for c in counts.values()),
-            "kept": sum(c["kept"] for c in counts.values()),
-            "dropped": dict(sorted(totals.items())),
-        },
+        documents=documents,
         sources=counts,
         splits=splits,
         tail_tokens_dropped=lost,

@@ -11,6 +11,7 @@ from orchestrator.data.readers import Unreadable, markup, s2orc
 
 MAX_LINE_BYTES = 64 * 2**20
 _ROWS = 256
+DEFAULT_FIELD = Source.model_fields["text_field"].default
 
 
 def json_lines(stream: IO[bytes], start: int, end: int | None) -> Iterator[tuple[int, bytes | None]]:
@@ -73,11 +74,13 @@ def text_of(record: Any, source: Source) -> str:
     text = record.get(source.text_field)
     if isinstance(text, str):
         return text
+    if source.text_field != DEFAULT_FIELD:  # the user has named it: nothing else will do
+        raise Unreadable("no text")
     if s2orc.is_record(record):
         return s2orc.from_record(record)
     title, abstract = record.get("title"), record.get("abstract")
     if isinstance(title, str) and isinstance(abstract, str):
-        return f"{markup.heading(1, title)}\n\n{markup.heading(2, 'Abstract')}\n\n{abstract}"
+        return f"{markup.heading(1, title)}\n\n{markup.heading(2, 'Abstract')}\n\n{markup.one_line(abstract)}"
     raise Unreadable("no text")
 
 

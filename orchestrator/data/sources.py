@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from orchestrator import storage
 from orchestrator.config import CorpusConfig, Source, expand_path
 from orchestrator.data.documents import SPLITTABLE, is_known
 from orchestrator.errors import UserError
+
+log = logging.getLogger(__name__)
 
 MIN_UNIT_BYTES, MAX_UNIT_BYTES = 8 * 2**20, 64 * 2**20
 UNITS = 32
@@ -75,6 +78,8 @@ def list_source(source: Source) -> list[SourceFile]:
         root, chosen = path.rpartition("/")[0], entries
     else:
         chosen = [entry for entry in entries if _is_wanted(entry.name, source)]
+        if chosen and not source.include and len(chosen) < len(entries):
+            log.info("source %s: %d files of no known format passed over", source.name, len(entries) - len(chosen))
     if not chosen:
         patterns = ", ".join(source.include) or "a format that Terrane reads"
         raise UserError(

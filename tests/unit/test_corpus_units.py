@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orchestrator.config import CorpusConfig
+from orchestrator.config import CorpusConfig, QualityConfig, Source
 from orchestrator.data import extraction, packing, sources
 from orchestrator.data import tokenizer as tokenizers
 from orchestrator.data.duplicates import PAIR, Duplicates, partitions
@@ -93,7 +93,7 @@ def pack(corpus: CorpusDir, facts: extraction.UnitFacts, pairs: list[tuple[int, 
     found.publish("exact", [len(pairs)])
     found.publish("near", [])
     settings = PackSettings(
-        tokenizer=corpus.tokenizer, tokenizer_key="k", sequence_length=16, held_out=1e-9, min_characters=100
+        tokenizer=corpus.tokenizer, tokenizer_key="k", sequence_length=16, held_out=1e-9, quality=QualityConfig()
     )
     return pack_unit(0, found, None, settings)
 
@@ -135,3 +135,23 @@ def test_partitions_are_not_made_twice(tmp_path: Path) -> None:
     found = Duplicates(CorpusDir(str(tmp_path)), "state", {0: "k"})
     found.publish("exact", [7])
     assert partitions(found, "exact", lambda *_: pytest.fail("made again"), 1, lambda *_: None) == [7]
+
+
+def test_what_cuts_leave_without_sense_is_dropped(tmp_path: Path) -> None:
+    settings = PackSettings(
+        tokenizer="", tokenizer_key="", sequence_length=16, held_out=0.1, quality=QualityConfig(min_characters=10)
+    )
+    packer = object.__new__(packing._Packer)
+    packer._settings = settings
+    prose = "The boiling point of water falls with height, as the air above it weighs less. "
+    assert not packer._is_remnant(prose * 3, 100)
+    assert packer._is_remnant(prose, 10_000), "a small rest of a long document"
+    assert packer._is_remnant("2SO2 + O2 = 2SO3, 4.5, 6.7, 8.9, 1.2, 3.4 " * 10, 100), "nothing that a rule would keep"
+
+
+def test_a_named_field_that_is_missing_is_no_text(tmp_path: Path) -> None:
+    from orchestrator.data.documents import Dropped, read_documents
+
+    (tmp_path / "a.jsonl").write_text('{"title": "T", "abstract": "A"}\n')
+    source = Source(name="s", path=str(tmp_path), text_field="abstrct")
+    assert list(read_documents(str(tmp_path / "a.jsonl"), "a.jsonl", source)) == [Dropped("s/a.jsonl#0", "no text")]

@@ -496,6 +496,6 @@ def test_short_items_are_left_out_and_counted(caplog: pytest.LogCaptureFixture) 
     with caplog.at_level(logging.INFO, logger=contamination.__name__):
         index = contamination.index(["What is the nearest star?", "The Sun", " ".join(WORDS[:14])])
     assert len(index) == 2
-    assert "3 items; 2 have fewer words" in caplog.text
+    assert "1 texts looked for; 2 of fewer than 13 words" in caplog.text
     assert contamination.hits("What is the nearest star? The Sun", index) == 0
     assert contamination.hits(" ".join(WORDS), contamination.index([])) == 0

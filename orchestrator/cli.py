@@ -5,6 +5,7 @@ Heavy imports happen where they are used, so that `terrane --help` answers at on
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orchestrator.errors import Interrupted, UserError
+from orchestrator.errors import Interrupted, StorageError, UserError
 
 if TYPE_CHECKING:
     from orchestrator.runs import RunDir
@@ -56,6 +57,14 @@ def guarded(call: Callable[[], Any]) -> int:
             traceback.print_exc()
         print_error(error)
         return error.exit_code
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        place = f" {error.filename}" if error.filename else ""
+        print_error(
+            StorageError(f"cannot write{place}: {os.strerror(error.errno)}", "make room; the same command goes on")
+        )
+        return StorageError.exit_code
     except KeyboardInterrupt:
         print_error(Interrupted("interrupted; finished work is kept", "run the same command to go on"))
         return 130

@@ -13,6 +13,7 @@ from orchestrator.accelerators import ACCELERATORS
 from orchestrator.config import Recipe
 from orchestrator.console import Console
 from orchestrator.data import pipeline
+from orchestrator.data.documents import STORAGE_FAILED
 from orchestrator.data.evaluation_sets import list_evaluation_sets
 from orchestrator.data.language import check_languages
 from orchestrator.data.manifest import Manifest, load_manifest
@@ -137,10 +138,11 @@ def _corpus_done(session: _Session) -> bool:
     manifest = load_manifest(session.run.corpus)
     if manifest is None or manifest.inputs != pipeline.corpus_inputs(session.recipe):
         return False
-    if manifest.files == pipeline.listing_digest(session.files):
+    unread = manifest.documents["dropped"].get(STORAGE_FAILED)
+    if manifest.files == pipeline.listing_digest(session.files) and not unread:
         return True
     if session.run.attempts():
-        log.info("corpus: the files of the sources have changed, but this run trains on what they were at its start")
+        log.info("corpus: the files of the sources have changed, or can be read again; this run trains on what it had")
         return True
     return False
 

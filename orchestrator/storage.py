@@ -11,6 +11,7 @@ import errno
 import functools
 import io
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -23,6 +24,8 @@ from stat import S_ISREG
 from typing import IO, Any
 
 from orchestrator.errors import StorageError
+
+log = logging.getLogger(__name__)
 
 
 def is_s3(uri: str) -> bool:
@@ -134,10 +137,39 @@ def list_files(uri: str) -> list[str]:
     root = Path(uri)
     return sorted(
         str(Path(folder, name).relative_to(root))
-        for folder, _, names in os.walk(root)
+        for folder, names in _walk(root)
         for name in names
         if not name.startswith(_TEMPORARY)
     )
+
+
+def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """(directory, names of its files), links to directories followed, every directory once."""
+
+    def tell(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            log.warning("cannot list %s: %s; its files are passed over", error.filename, error.strerror)
+
+    seen: set[tuple[int, int]] = set()
+    for folder, inner, names in os.walk(root, followlinks=True, onerror=tell):
+        stat = Path(folder).stat()
+        if (stat.st_dev, stat.st_ino) in seen:
+            inner.clear()
+            continue
+        seen.add((stat.st_dev, stat.st_ino))
+        yield folder, names
+
+
+def delete_abandoned(uri: str, age_s: float) -> None:
+    """Delete the temporary files that killed processes left below a local directory, if they are so old."""
+    if is_s3(uri):
+        return
+    for folder, names in _walk(Path(uri)):
+        for name in names:
+            path = Path(folder, name)
+            with contextlib.suppress(FileNotFoundError):
+                if name.startswith(_TEMPORARY) and time.time() - path.stat().st_mtime > age_s:
+                    path.unlink()
 
 
 def size(uri: str) -> int:

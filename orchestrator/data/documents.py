@@ -7,7 +7,7 @@ import io
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, Any
 
 from orchestrator import storage
 from orchestrator.config import Source
@@ -18,6 +18,12 @@ MAX_DOCUMENT_BYTES = 64 * 2**20
 """Of a file that is one document, decompressed. A larger one is dropped as too large, before it is held in memory."""
 MAX_PDF_BYTES = 256 * 2**20
 """Most of them are pictures."""
+
+
+MAX_NESTING = 2
+"""Archives within archives: arXiv's bulk files hold submissions."""
+STORAGE_FAILED = "storage failed"
+"""The one reason that may not hold the next time: such a file is read again by the next command."""
 
 
 @dataclass(frozen=True)
@@ -49,17 +55,17 @@ def read_documents(uri: str, name: str, source: Source, start: int = 0, end: int
     try:
         with storage.reading(uri) as stream:
             yield from _read(identity, name, stream, source, start, end)
-    except Unreadable as reason:
-        yield Dropped(identity, str(reason))
     except Exception as error:  # whatever it is: the file is lost, the job goes on
         yield Dropped(identity, _reason(error))
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, Unreadable):
+        return str(error)
     if compression.is_broken(error):
         return "broken compression"
     if isinstance(error, OSError):
-        return "storage failed"
+        return STORAGE_FAILED
     return f"reader failed: {type(error).__name__}"
 
 
@@ -69,7 +75,9 @@ def is_known(name: str) -> bool:
     return inner != name or _format(name) is not None
 
 
-def _read(identity: str, name: str, raw: IO[bytes], source: Source, start: int = 0, end: int | None = None) -> Found:
+def _read(
+    identity: str, name: str, raw: IO[bytes], source: Source, start: int = 0, end: int | None = None, depth: int = 0
+) -> Found:
     stream, inner = compression.decompressed(name, raw), compression.inner_name(name)
     format_ = source.format if source.format != "auto" else _format(inner)
     if format_ == "jsonl":
@@ -77,10 +85,12 @@ def _read(identity: str, name: str, raw: IO[bytes], source: Source, start: int =
     elif format_ == "parquet":
         seekable = stream if inner == name else io.BytesIO(_bounded(stream, MAX_DOCUMENT_BYTES))
         yield from _read_rows(identity, seekable, source, start, end)
+    elif format_ == "tar":
+        yield from _read_tar(identity, stream, source, depth)
     else:
         data = _bounded(stream, MAX_PDF_BYTES if format_ == "pdf" else MAX_DOCUMENT_BYTES)
-        if _is_tar(data) or format_ == "tar":
-            yield from _read_tar(identity, data, source)
+        if _is_tar(data):
+            yield from _read_tar(identity, io.BytesIO(data), source, depth)
         else:
             read = _FORMATS[format_ if format_ in _FORMATS else _sniff(data, format_)]
             yield Document(identity, _selected(read(data, inner), source))
@@ -125,29 +135,56 @@ def _record(place: str, record: object, source: Source) -> Document | Dropped:
         return Dropped(place, str(reason))
 
 
-def _read_tar(identity: str, data: bytes, source: Source) -> Found:
-    """An archive with LaTeX in it is one submission; of any other each member is a file of its own."""
+def _read_tar(identity: str, stream: IO[bytes], source: Source, depth: int) -> Found:
+    """An archive with LaTeX in it is one submission; of any other, or a large one, each member is a file of its own."""
+    if depth == MAX_NESTING:
+        raise Unreadable("nested archives")
+    data = stream.read(MAX_DOCUMENT_BYTES + 1)
+    if len(data) <= MAX_DOCUMENT_BYTES and _is_submission(data, source):
+        yield Document(identity, _selected(_reader("latex", "read_archive")(data, identity), source))
+        return
+    rest: Any = _Joined(io.BytesIO(data), stream)
+    del data
     try:
-        with tarfile.open(fileobj=io.BytesIO(data)) as archive:
-            members = [member for member in archive if member.isfile()]
-            if source.format == "latex" or any(member.name.lower().endswith(".tex") for member in members):
-                text = _reader("latex", "read_archive")(data, identity)
-                yield Document(identity, _selected(text, source))
-                return
-            for member in members:
-                if is_known(member.name) or source.format != "auto":
-                    yield from _read_member(f"{identity}#{member.name}", member, archive, source)
+        with tarfile.open(fileobj=rest, mode="r|") as archive:
+            for member in archive:
+                if member.isfile() and (is_known(member.name) or source.format != "auto"):
+                    yield from _read_member(f"{identity}#{member.name}", member, archive, source, depth)
     except tarfile.TarError:
         yield Dropped(identity, "broken tar")
 
 
-def _read_member(identity: str, member: tarfile.TarInfo, archive: tarfile.TarFile, source: Source) -> Found:
+def _read_member(identity: str, member: tarfile.TarInfo, archive: tarfile.TarFile, source: Source, depth: int) -> Found:
     stream = archive.extractfile(member)
     assert stream is not None, "only files are asked for"
     try:
-        yield from _read(identity, member.name, stream, source)
-    except Unreadable as reason:
-        yield Dropped(identity, str(reason))
+        yield from _read(identity, member.name, stream, source, depth=depth + 1)
+    except tarfile.TarError:
+        raise
+    except Exception as error:  # it costs itself, not those after it
+        yield Dropped(identity, _reason(error))
+
+
+def _is_submission(data: bytes, source: Source) -> bool:
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+            return source.format == "latex" or any(member.name.lower().endswith(".tex") for member in archive)
+    except (tarfile.TarError, EOFError):
+        return False
+
+
+class _Joined:
+    """One stream after another, as tarfile reads them."""
+
+    def __init__(self, *streams: IO[bytes]) -> None:
+        self._streams = list(streams)
+
+    def read(self, size: int) -> bytes:
+        while self._streams:
+            if data := self._streams[0].read(size):
+                return data
+            self._streams.pop(0)
+        return b""
 
 
 def _is_tar(data: bytes) -> bool:

@@ -17,7 +17,7 @@ import xxhash
 from orchestrator import storage
 from orchestrator.config import CorpusConfig
 from orchestrator.data import buckets, contamination, language, minhash, quality, steps
-from orchestrator.data.documents import Document, Dropped, read_documents
+from orchestrator.data.documents import STORAGE_FAILED, Document, Dropped, read_documents
 from orchestrator.data.layout import CorpusDir
 from orchestrator.data.sources import Unit
 from orchestrator.data.texts import BATCH_CHARACTERS, TextWriter
@@ -72,7 +72,7 @@ def load_facts(corpus: CorpusDir, unit: Unit) -> UnitFacts | None:
 
 
 def read_unit(unit: Unit, uri: str, config: CorpusConfig, contamination_key: str, journal: bool = False) -> UnitFacts:
-    """Read a unit, unless that was done before with the same settings.
+    """Read a unit, unless that was done before with the same settings and the storage gave every file.
 
     Args:
         uri: of the corpus.
@@ -80,7 +80,7 @@ def read_unit(unit: Unit, uri: str, config: CorpusConfig, contamination_key: str
     """
     corpus, key = CorpusDir(uri), unit_key(unit, config, contamination_key)
     done = load_facts(corpus, unit)
-    if done and done.key == key:
+    if done and done.key == key and STORAGE_FAILED not in done.dropped:
         return done
     step = _Selection(config, corpus.contamination, contamination_key)
     with _UnitWriter(corpus, unit.number, config.near_duplicates) as writer:

@@ -34,6 +34,8 @@ from orchestrator.data.sources import SourceFile, Unit
 from orchestrator.data.tasks import Progress, run_alone, run_tasks
 from orchestrator.errors import RunFailed, UserError
 
+ABANDONED_S = 3600.0
+
 log = logging.getLogger(__name__)
 
 
@@ -282,3 +284,4 @@ def _sweep(corpus: CorpusDir, found: Duplicates, passages: Passages | None, mani
         )
         if stale:
             storage.delete(corpus.path(name))
+    storage.delete_abandoned(corpus.uri, ABANDONED_S)

@@ -9,8 +9,9 @@ from typing import IO, Any
 from orchestrator.config import Source
 from orchestrator.data.readers import Unreadable, markup, s2orc
 
-MAX_LINE_BYTES = 64 * 2**20
+MAX_LINE_BYTES = 32 * 2**20
 _ROWS = 256
+_BATCH_BYTES = 2**24
 DEFAULT_FIELD = Source.model_fields["text_field"].default
 
 
@@ -55,8 +56,11 @@ def parquet_rows(stream: IO[bytes], source: Source, start: int, end: int | None)
         offset = group.column(0).data_page_offset
         if start <= offset and (end is None or offset < end) and columns:
             row = first_row
-            for batch in file.iter_batches(_ROWS, row_groups=[index], columns=columns):
-                yield from enumerate(batch.to_pylist(), row)
+            rows = max(1, min(_ROWS, _BATCH_BYTES * group.num_rows // max(1, group.total_byte_size)))
+            for batch in file.iter_batches(rows, row_groups=[index], columns=columns):
+                # One row at a time: a dictionary may say the same long text many times over.
+                for place in range(batch.num_rows):
+                    yield row + place, {name: batch.column(name)[place].as_py() for name in columns}
                 row += batch.num_rows
         elif start <= offset and (end is None or offset < end):
             yield from ((first_row + n, {}) for n in range(group.num_rows))

@@ -67,7 +67,7 @@ def list_source(source: Source) -> list[SourceFile]:
         UserError: the path does not exist or holds no such file.
     """
     path = expand_path(source.path)
-    has_glob = any(sign in path for sign in "*?[")
+    has_glob = any(sign in path for sign in "*?[") and (storage.is_s3(path) or not Path(path).exists())
     root = _before_glob(path) if has_glob else path
     if not storage.is_s3(path) and not Path(root).exists():
         raise UserError(f"source {source.name}: nothing at {root}", "check corpus.sources[].path")
@@ -82,10 +82,12 @@ def list_source(source: Source) -> list[SourceFile]:
             log.info("source %s: %d files of no known format passed over", source.name, len(entries) - len(chosen))
     if not chosen:
         patterns = ", ".join(source.include) or "a format that Terrane reads"
-        raise UserError(
-            f"source {source.name}: no file under {path} matches {patterns}",
-            "drop `include`, give patterns that match, or name the format",
+        if has_glob:
+            raise UserError(f"source {source.name}: no file matches {path}", "check corpus.sources[].path")
+        hint = (
+            "drop `include`, or give patterns that match" if source.include else "name the format, and `include` files"
         )
+        raise UserError(f"source {source.name}: no file under {path} matches {patterns}", hint)
     if not any(entry.bytes for entry in chosen):
         raise UserError(f"source {source.name}: all {len(chosen)} files under {path} are empty")
     return [

@@ -13,6 +13,9 @@ import xxhash
 
 from orchestrator.data.encoding import superscripts
 
+_CONTROL_TOKENS = re.compile(r"<(s>|/s>|pad>)")
+"""In a text, as in `<s>struck out</s>`, they would end its document for the model."""
+
 
 def clean(text: str) -> str:
     """Mended Unicode in NFC, line ends as \\n, no trailing blanks, one empty line in a row at most, no boilerplate."""
@@ -20,6 +23,8 @@ def clean(text: str) -> str:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     text = text.translate(_ASCII_CONTROLS) if text.isascii() else _mend_unicode(text)
     text = superscripts(text)
+    if "<" in text:
+        text = _CONTROL_TOKENS.sub(r"< \1", text)
     lines = [line.rstrip(" \t") for line in text.split("\n")]
     text = "\n".join([line for line in lines if line[:3] not in _BOILERPLATE_STARTS or not _is_boilerplate(line)])
     if "\n\n\n" in text:

@@ -155,3 +155,14 @@ def test_a_named_field_that_is_missing_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"title": "T", "abstract": "A"}\n')
     source = Source(name="s", path=str(tmp_path), text_field="abstrct")
     assert list(read_documents(str(tmp_path / "a.jsonl"), "a.jsonl", source)) == [Dropped("s/a.jsonl#0", "no text")]
+
+
+def test_what_storage_did_not_give_is_asked_for_again(
+    unit: Unit, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orchestrator import storage
+
+    with monkeypatch.context() as patched:
+        patched.setattr(storage, "reading", lambda uri: (_ for _ in ()).throw(OSError(5, "broke off", uri)))
+        assert read_unit(unit, str(tmp_path), config(folder), "").dropped == {"storage failed": 5}
+    assert read_unit(unit, str(tmp_path), config(folder), "").written == 3

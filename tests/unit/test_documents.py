@@ -6,6 +6,7 @@ import io
 import json
 import lzma
 import os
+import resource
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -217,3 +218,68 @@ def test_a_file_that_went_since_it_was_listed_is_named(bucket: str) -> None:
     storage.delete(files[0].uri)
     found = [d for file in files for d in read_documents(file.uri, file.name, source)]
     assert found == [Dropped("s/a.md", "storage failed"), Document("s/b.md", "b")]
+
+
+def tar_of(members: dict[str, bytes]) -> bytes:
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return data.getvalue()
+
+
+def test_a_broken_member_costs_itself_not_those_after_it(tmp_path: Path) -> None:
+    lines = gzip.compress(b'{"text": "' + os.urandom(5000).hex().encode() + b'"}')[:-100]
+    members = {"a.txt": b"a", "b.txt.gz": b"no gzip", "c.jsonl.gz": lines, "d.xml": b"<note/>", "e.txt": b"e"}
+    (tmp_path / "x.tar").write_bytes(tar_of(members))
+    found = {d.id.removeprefix("s/x.tar#"): d for d in read(tmp_path)}
+    assert isinstance(found["a.txt"], Document)
+    assert isinstance(found["e.txt"], Document)
+    assert {name: d.reason for name, d in found.items() if isinstance(d, Dropped)} == {
+        "b.txt.gz": "broken compression",
+        "c.jsonl.gz": "broken compression",
+        "d.xml": "unknown xml",
+    }
+
+
+def test_a_large_archive_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "MAX_DOCUMENT_BYTES", 4000)
+    submission = gzip.compress(tar_of({"main.tex": rb"\documentclass{article}\begin{document}Text.\end{document}"}))
+    members = {f"{n}.txt": b"x" * 3000 for n in range(20)} | {"huge.txt": b"x" * 5000, "2001.00001.gz": submission}
+    (tmp_path / "bulk.tar.gz").write_bytes(gzip.compress(tar_of(members)))
+    monkeypatch.setattr(documents, "MAX_DOCUMENT_BYTES", 20_000)
+    assert len(texts(read(tmp_path))) == 22, "a submission of the size of arXiv's is one among others"
+    monkeypatch.setattr(documents, "MAX_DOCUMENT_BYTES", 4000)
+    assert "too large" in reasons(read(tmp_path))
+
+
+def test_archives_nest_no_deeper_than_those_of_arxiv(tmp_path: Path) -> None:
+    inner = tar_of({"deep.txt": b"deep"})
+    for _ in range(5):
+        inner = tar_of({"in.tar": inner})
+    (tmp_path / "x.tar").write_bytes(inner)
+    assert reasons(read(tmp_path)) == ["nested archives"]
+
+
+def test_long_texts_of_parquet_come_one_at_a_time(tmp_path: Path) -> None:
+    text = "word " * 200_000
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 300, pa.int32()), pa.array([text]))
+    parquet.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    source = Source(name="s", path=str(tmp_path))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for document in read_documents(str(tmp_path / "a.parquet"), "a.parquet", source):
+        assert document.text == text
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024, "KiB, where all would be 300 MB"
+
+
+def test_a_tag_without_end_is_refused_in_time(tmp_path: Path) -> None:
+    attributes = " ".join(f"a{n}=1" for n in range(300_000))
+    (tmp_path / "a.html").write_text(f"<html><body><p {attributes}>text</p></body></html>")
+    picture = "A" * 500_000
+    body = "<p>" + "A real paragraph of a page. " * 20 + "</p>"
+    (tmp_path / "b.html").write_text(f'<html><body><img src="data:image/png;base64,{picture}">{body}</body></html>')
+    found = read(tmp_path)
+    assert reasons(found) == ["endless tag"]
+    assert "A real paragraph" in texts(found)[0]

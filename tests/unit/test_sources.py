@@ -133,3 +133,20 @@ def test_a_file_that_went_leaves_with_its_pieces() -> None:
 def test_units_survive_their_file() -> None:
     units = make_units([file("a.jsonl", 100), file("b", source="t")], unit_bytes=60)
     assert units_from_json(units_as_json(units)) == units
+
+
+def test_links_to_directories_are_followed_once(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a.md").write_text("a")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "in" / "loop").symlink_to(tmp_path / "in")
+    assert names(tmp_path / "in") == ["link/a.md"]
+
+
+def test_a_directory_may_have_a_pattern_for_a_name(tmp_path: Path) -> None:
+    (tmp_path / "br[1]").mkdir()
+    (tmp_path / "br[1]" / "a.md").write_text("a")
+    assert names(tmp_path / "br[1]") == ["a.md"]
+    with pytest.raises(UserError, match=r"no file matches .*/c\*"):
+        names(tmp_path / "c*")

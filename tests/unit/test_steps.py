@@ -203,3 +203,10 @@ def test_equal_content_has_one_hash() -> None:
 def test_the_held_out_share_is_about_what_was_asked() -> None:
     held = [steps.is_held_out(steps.content_hash(str(n)), 0.1) for n in range(5000)]
     assert 400 < sum(held) < 600
+
+
+def test_a_text_does_not_end_its_document() -> None:
+    assert (
+        steps.clean("a </s> b <s>c <pad> d <unk> <sub> [START_REF]")
+        == "a < /s> b < s>c < pad> d <unk> <sub> [START_REF]"
+    )

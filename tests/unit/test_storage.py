@@ -171,3 +171,13 @@ def test_a_file_of_any_size_is_published_whole(anywhere: str) -> None:
         path.write_bytes(b"half")
         raise KeyError
     assert not storage.exists(f"{anywhere}/b")
+
+
+def test_what_killed_processes_left_is_deleted_when_it_is_old(tmp_path: Path) -> None:
+    import os
+
+    for name in (".tmp-terrane-old", ".tmp-terrane-new", "kept"):
+        (tmp_path / name).write_text("x")
+    os.utime(tmp_path / ".tmp-terrane-old", (0, 0))
+    storage.delete_abandoned(str(tmp_path), 3600)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".tmp-terrane-new", "kept"]

@@ -50,6 +50,7 @@ def read(data: bytes) -> str:
         Unreadable: not HTML, not in the encoding that it declares, too large, or without text.
     """
     text = _decode(data)
+    _refuse_endless_tags(text)
     tree = _parse(text)
     title = one_line(tree.findtext(".//title") or "")
     blocks = _main_text(tree)
@@ -62,6 +63,18 @@ def read(data: bytes) -> str:
     if title and not any(block.startswith("# ") for block in blocks):
         blocks.insert(0, heading(1, title))
     return "\n\n".join(blocks)
+
+
+_LONG_TAG = re.compile(r"<[a-zA-Z][^<>]{50000}[^<>]*")
+_QUOTED = re.compile(r"\"[^\"]*\"|'[^']*'")
+_MOST_ATTRIBUTES = 2000
+
+
+def _refuse_endless_tags(text: str) -> None:
+    """The parser compares every attribute of a tag with every other."""
+    for tag in _LONG_TAG.finditer(text):
+        if len(_QUOTED.sub("", tag[0]).split()) > _MOST_ATTRIBUTES:
+            raise Unreadable("endless tag")
 
 
 def _parse(text: str) -> Any:

@@ -28,9 +28,9 @@ from tests.benchmarks.measuring import NO_RULES, Usage, build, installed_texts, 
 @pytest.mark.timeout(3600)
 def test_near_duplicates(tmp_path: Path) -> None:
     """Documents in, duplicates known: all that happens before the tokenizer, against datatrove's four steps."""
-    texts = [piece for text in itertools.islice(installed_texts(), 1200) for piece in pieces(text)][:6000]
-    draw = random.Random(2)
-    originals = draw.sample(range(len(texts)), 2000)
+    texts = [piece for text in itertools.islice(installed_texts(), 1500) for piece in pieces(text)][:6000]
+    draw, count = random.Random(2), len(texts)
+    originals = draw.sample(range(count), count // 3)
     texts += [disturbed(texts[index], draw) for index in originals]
     size = write_files(tmp_path / "text", iter(texts), sys.maxsize)
     uri = tmp_path / "corpus"
@@ -41,7 +41,7 @@ def test_near_duplicates(tmp_path: Path) -> None:
     gone = {json.loads(line)["text"] for line in removed_lines(uri, tmp_path / "text")}
     theirs = peer("datatrove_minhash", tmp_path / "text", tmp_path / "datatrove", tmp_path)
     kept = {json.loads(line)["text"] for file in (tmp_path / "datatrove" / "kept").iterdir() for line in file.open()}
-    pairs = list(zip((texts[index] for index in originals), texts[6000:], strict=True))
+    pairs = list(zip((texts[index] for index in originals), texts[count:], strict=True))
     print()
     rows = {"datatrove": row("datatrove", size, theirs["cpu"], theirs["wall"])}
     rows["terrane"] = row("terrane", size, usage.cpu, usage.wall, rows["datatrove"])

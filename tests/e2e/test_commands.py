@@ -129,7 +129,7 @@ def test_a_damaged_last_checkpoint_is_trained_again(calm: RunDir, tmp_path: Path
 
 def test_a_damaged_shard_is_named_and_not_tried_again(calm: RunDir, tmp_path: Path) -> None:
     storage.download_directory(calm.corpus, tmp_path / "tiny" / "corpus")
-    for file in (tmp_path / "tiny" / "corpus" / "shards").glob("train-*[0-9s].arrow"):
+    for file in (tmp_path / "tiny" / "corpus" / "shards").glob("train-*-????????.arrow"):
         data = bytearray(file.read_bytes())
         data[len(data) // 2] ^= 1
         file.write_bytes(data)
@@ -170,7 +170,7 @@ def test_ctrl_c_in_the_corpus_says_how_to_go_on(tmp_path: Path) -> None:
         start_new_session=True,
     )
     try:
-        wait_for(lambda: list(tmp_path.glob("tiny/corpus/work/unit-*.arrow")), "the first unit")
+        wait_for(lambda: list(tmp_path.glob("tiny/corpus/facts/unit-*.json")), "the first unit")
         interrupt(process)
         _, said = process.communicate(timeout=120)
     finally:

@@ -61,7 +61,7 @@ def test_every_document_is_accounted_for(tiny: RunDir) -> None:
     documents = manifest.documents
     assert documents["read"] == documents["kept"] + sum(documents["dropped"].values())
     assert sum(source["characters"] for source in manifest.sources.values()) > 10_000_000
-    assert sum(source["documents"] for source in manifest.sources.values()) == documents["kept"]
+    assert sum(source["kept"] for source in manifest.sources.values()) == documents["kept"]
 
 
 def test_the_model_is_the_checkpoint_and_loads_with_transformers(tiny: RunDir, tmp_path: Path) -> None:

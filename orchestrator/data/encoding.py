@@ -81,16 +81,16 @@ class _Units:
     """Some of the places between two units: those fit to cut a long text."""
 
 
-# A word, number or run of signs with the blank before it, where its neighbour is ASCII and of another kind: no known
-# pattern goes on across that place. A sign may belong to the letters after it (`'s`), an apostrophe to those before it.
-# Else all up to the next blank (U+0020) that follows a character other than white space. NFKC composes nothing with a
-# blank, and the one look-ahead, `\s+(?!\S)`, starts at white space, which stands whole in the next unit. The last place
-# is after a lone \n, before a letter or digit of the larger scripts that stays one under NFKC: that look-ahead fails.
+# A word, number or run of signs with the blank before it, where an ASCII character of another kind follows: no known
+# pattern goes on across that place, except from a sign to letters (`'s`). Else all up to the next blank (U+0020) after
+# a character that is no white space: NFKC composes nothing with a blank, and the one look-ahead, `\s+(?!\S)`, starts
+# at white space, which stands whole in the next unit. A unit also ends after a lone \n before a letter or digit that
+# NFKC keeps one: that look-ahead fails there.
 _SIGN = r"!-/:-@\[-`{-~"
 _LINE_START = r"0-9A-Za-z\u0400-\u167f\u3041-\u3096\u30a1-\u9fff\uac00-\ud7a3"
 _WORDS = _Units(
     re.compile(
-        rf" ?(?:[{_SIGN}]*+[A-Za-z]++(?=[ \n0-9!-&(-/:-@\[-`{{-~]|\Z)|[0-9]++(?=[ \nA-Za-z{_SIGN}]|\Z)"
+        rf" ?(?:[{_SIGN}]*+[A-Za-z]++(?=[ \n0-9{_SIGN}]|\Z)|[0-9]++(?=[ \nA-Za-z{_SIGN}]|\Z)"
         rf"|[{_SIGN}]++(?=[ 0-9]|\Z))"
         rf"|\s*+\S++(?:(?!\n[{_LINE_START}])[^\S ]\s*+\S*+)*+(?:\n(?=[{_LINE_START}]))?|\s++"
     ),

@@ -91,10 +91,12 @@ def texts_of(uri: str, manifest: Manifest) -> dict[str, str]:
 
 
 def files_at(uri: str, *parts: str) -> dict[str, int]:
-    """When each file below a directory of a corpus was written."""
+    """When each file below a directory of a corpus was written, but for those that are being written."""
     folder = Path(uri, *parts)
     return {
-        str(path.relative_to(folder)): path.stat().st_mtime_ns for path in sorted(folder.rglob("*")) if path.is_file()
+        str(path.relative_to(folder)): path.stat().st_mtime_ns
+        for path in sorted(folder.rglob("[!.]*"))
+        if path.is_file()
     }
 
 

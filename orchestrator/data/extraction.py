@@ -7,8 +7,9 @@ import contextlib
 import functools
 import json
 import re
+import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -80,13 +81,15 @@ def read_unit(unit: Unit, uri: str, config: CorpusConfig, contamination_key: str
     """
     corpus, key = CorpusDir(uri), unit_key(unit, config, contamination_key)
     done = load_facts(corpus, unit)
-    if done and done.key == key and STORAGE_FAILED not in done.dropped:
+    if done and done.key == key:
         return done
     step = _Selection(config, corpus.contamination, contamination_key)
     with _UnitWriter(corpus, unit.number, config.near_duplicates) as writer:
         for document in _documents(unit, corpus, config, journal):
             writer.add(document if isinstance(document, Dropped) else step.decide(document))
     facts = writer.facts(key)
+    if STORAGE_FAILED in facts.dropped:  # a key of its own: the next command reads anew, and compares and packs anew
+        facts = replace(facts, key=f"{key}-{uuid.uuid4().hex}")
     storage.write(corpus.facts(unit.number), json.dumps(asdict(facts)).encode())
     return facts
 

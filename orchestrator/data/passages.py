@@ -59,7 +59,7 @@ def find_passages(found: Duplicates, progress: Progress) -> Passages:
         return _match_part(found, kinds, part, first, last)
 
     kinds = tuple(kind for kind, _ in indexed)
-    # Where every passage is repeated, a record has as many matches as candidates, and numpy holds each about twice.
+    # Where every passage is repeated, a record has as many matches as candidates, and numpy holds each a few times.
     size = sum(count for _, count in indexed) * MATCH.itemsize * CANDIDATES * 4
     partitions(found, "matches", compare, size, progress)
     return Passages(found, kinds)

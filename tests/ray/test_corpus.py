@@ -211,6 +211,24 @@ def test_a_corpus_on_s3_is_the_corpus_on_a_disk(tmp_path: Path, bucket: str) -> 
     assert remote.documents == local.documents
 
 
+def test_after_an_outage_the_same_command_brings_in_what_was_missing(tmp_path: Path, bucket: str) -> None:
+    for number in range(6):
+        write_lines(tmp_path / "s" / f"{number}.jsonl", [prose(100 * number + n) for n in range(6)])
+        storage.upload(tmp_path / "s" / f"{number}.jsonl", f"{bucket}/in/{number}.jsonl")
+    there = recipe(tmp_path / "s").model_dump()
+    there["corpus"]["sources"][0]["path"] = f"{bucket}/in"
+    remote, uri = Recipe.model_validate(there), str(tmp_path / "corpus")
+    files = sources.list_sources(remote.corpus)
+    storage.delete(f"{bucket}/in/1.jsonl")  # gone after it was listed, as in an outage
+    without = build_corpus(remote, uri, files, silent)
+    assert without.documents == {"read": 31, "kept": 30, "dropped": {"storage failed": 1}}
+    storage.upload(tmp_path / "s" / "1.jsonl", f"{bucket}/in/1.jsonl")
+    healed = build_corpus(remote, uri, files, silent)
+    assert healed.documents == {"read": 36, "kept": 36, "dropped": {}}
+    brought = {prose(100 + n) for n in range(6)} & set(texts_of(uri, healed).values())
+    assert len(brought) >= 4, "all but what ends in the last tokens of a split"
+
+
 def test_an_empty_corpus_says_why(tmp_path: Path) -> None:
     write_lines(tmp_path / "s" / "a.jsonl", ["short", "also"])
     with pytest.raises(UserError, match=r"none of 2 documents was kept \(2 too short\)"):

@@ -151,6 +151,5 @@ def dropped(corpus: Corpus, reason: str, limit: int) -> list[inspection.DroppedD
     if reason != "all" and reason not in reasons:
         raise UserError(f"no document was dropped as {reason!r}", f"reasons here: {', '.join(reasons) or 'none'}")
     found = list(islice(inspection.dropped(corpus.uri, None if reason == "all" else reason), limit))
-    numbers = {d.of: (int(d.of.split(":")[0]) << 32) | int(d.of.split(":")[1]) for d in found if d.of}
-    names = inspection.document_ids(corpus.uri, list(numbers.values()))
-    return [replace(d, of=names[numbers[d.of]]) if d.of else d for d in found]
+    names = inspection.document_ids(corpus.uri, [int(d.of) for d in found if d.of])
+    return [replace(d, of=names[int(d.of)]) if d.of else d for d in found]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator import storage
+from orchestrator.data.numbers import unit_of
 
 KEY_BUCKETS = 1024
 
@@ -22,7 +23,7 @@ def by_key(keys: np.ndarray) -> np.ndarray:
 
 def by_unit(documents: np.ndarray) -> np.ndarray:
     """Bucket of uint64 document numbers: their unit."""
-    return (documents >> np.uint64(32)).astype(np.int64)
+    return unit_of(documents).astype(np.int64)
 
 
 def write(uri: str, records: np.ndarray, buckets: np.ndarray, count: int) -> None:

@@ -18,10 +18,9 @@ MAX_DOCUMENT_BYTES = 64 * 2**20
 """Of a file that is one document, decompressed. A larger one is dropped as too large, before it is held in memory."""
 MAX_PDF_BYTES = 256 * 2**20
 """Most of them are pictures."""
-
-
 MAX_NESTING = 2
 """Archives within archives: arXiv's bulk files hold submissions."""
+
 STORAGE_FAILED = "storage failed"
 """The one reason that may not hold the next time: such a file is read again by the next command."""
 

@@ -21,6 +21,7 @@ from orchestrator import storage
 from orchestrator.data import buckets, components, minhash
 from orchestrator.data.extraction import EXACT, NEAR, UnitFacts
 from orchestrator.data.layout import CorpusDir
+from orchestrator.data.numbers import number_of
 from orchestrator.data.sources import Unit
 from orchestrator.data.splitmix import mix
 from orchestrator.data.tasks import Progress, run_tasks
@@ -168,8 +169,8 @@ def read_index(
         buckets.read(corpus.index(kind, unit), dtype, first, last, buckets.KEY_BUCKETS)
         for kind, unit in zip(kinds, units, strict=True)
     ]
-    numbers = [np.uint64(unit << 32) | part["row"].astype(np.uint64) for unit, part in zip(units, parts, strict=True)]
-    return np.concatenate(parts), np.concatenate(numbers)
+    documents = [number_of(unit, part["row"]) for unit, part in zip(units, parts, strict=True)]
+    return np.concatenate(parts), np.concatenate(documents)
 
 
 def _exact_part(found: Duplicates, part: int, first: int, last: int) -> int:

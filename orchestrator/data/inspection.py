@@ -12,6 +12,7 @@ from orchestrator import storage
 from orchestrator.data import shards
 from orchestrator.data.layout import CorpusDir
 from orchestrator.data.manifest import Manifest
+from orchestrator.data.numbers import row_of, unit_of
 from orchestrator.data.texts import read_texts
 
 
@@ -32,7 +33,7 @@ class DroppedDocument:
     reason: str
     text: str
     of: str = ""
-    """The document that it repeats: unit:row, or its id."""
+    """The document that it repeats: its number, or its id."""
 
 
 def trace(uri: str, manifest: Manifest, samples: list[int], split: str = "train") -> list[Passage]:
@@ -67,11 +68,11 @@ def dropped(uri: str, reason: str | None = None) -> Iterator[DroppedDocument]:
 
 
 def document_ids(uri: str, numbers: list[int]) -> dict[int, str]:
-    """The ids of documents by their numbers, unit << 32 | row."""
+    """The ids of documents by their numbers."""
     found: dict[int, str] = {}
-    for unit in sorted({number >> 32 for number in numbers}):
+    for unit in sorted({unit_of(number) for number in numbers}):
         ids = [id_ for (batch,) in read_texts(CorpusDir(uri).documents(unit), "id") for id_ in batch]
-        found |= {number: ids[number & 0xFFFFFFFF] for number in numbers if number >> 32 == unit}
+        found |= {number: ids[row_of(number)] for number in numbers if unit_of(number) == unit}
     return found
 
 

@@ -18,13 +18,11 @@ from orchestrator.data import shards, spans, steps
 from orchestrator.data.duplicates import Duplicates
 from orchestrator.data.encoding import Encoder, load_encoder
 from orchestrator.data.layout import CorpusDir
+from orchestrator.data.numbers import row_of
 from orchestrator.data.passages import Passages, cuts
 from orchestrator.data.quality import drop_reason
 from orchestrator.data.shards import Packed
 from orchestrator.data.texts import TextWriter, read_texts
-
-ROW = 2**32 - 1
-"""The part of a document's number that is its row."""
 
 LEAST_REST = 1 / 3
 """Of a document's bytes: with less than that after cuts, it is dropped as duplicate passages."""
@@ -94,14 +92,14 @@ def pack_unit(unit: int, found: Duplicates, passages: Passages | None, settings:
     columns = {"id": "string", "reason": "string", "text": "string", "of": "string"}
     with TextWriter(corpus.duplicates(unit), columns) as dropped:
         packer = _Packer(corpus, unit, digest.hexdigest(), settings, dropped)
-        reasons = {int(row["document"]) & ROW: row for row in gone}
+        reasons = {row_of(int(pair["document"])): pair for pair in gone}
         row = 0
         for ids, texts, hashes in read_texts(corpus.documents(unit), "id", "text", "hash"):
             documents = []
             for id_, text, hash_ in zip(ids, texts, hashes, strict=True):
                 if duplicate := reasons.get(row):
                     reason = "near duplicate" if duplicate["near"] else "exact duplicate"
-                    packer.drop(id_, reason, text, f"{int(duplicate['first']) >> 32}:{int(duplicate['first']) & ROW}")
+                    packer.drop(id_, reason, text, str(duplicate["first"]))
                 else:
                     documents.append((id_, *_after_cuts(text, removed.get(row, [])), hash_))
                 row += 1
@@ -135,7 +133,7 @@ class _Packer:
         self._characters = self._cut_bytes = self._tokens = 0
 
     def drop(self, id_: str, reason: str, text: str, of: str = "") -> None:
-        """Count a document out, and keep it with its reason and the unit:row that it repeats."""
+        """Count a document out, and keep it with its reason and the number of what it repeats."""
         self._reasons[reason] += 1
         self._dropped.add(id_, reason, text, of)
 

@@ -17,6 +17,7 @@ from orchestrator import storage
 from orchestrator.data import buckets, spans
 from orchestrator.data.duplicates import Duplicates, partitions, read_index
 from orchestrator.data.layout import CorpusDir
+from orchestrator.data.numbers import row_of, unit_of
 from orchestrator.data.tasks import Progress, run_tasks
 from orchestrator.data.texts import read_texts
 
@@ -73,7 +74,7 @@ def fingerprint_unit(found: Duplicates, unit: int) -> tuple[str, int]:
     if storage.exists(uri):
         return kind, buckets.size(uri, FINGERPRINT, buckets.KEY_BUCKETS)
     parts = [np.empty(0, FINGERPRINT)]
-    skipped = set((gone & np.uint64(2**32 - 1)).tolist())
+    skipped = set(row_of(gone).tolist())
     for row, text in _texts(found.corpus, unit):
         if row not in skipped:
             hashes, offsets = spans.fingerprints(text.encode())
@@ -103,22 +104,23 @@ def cuts(passages: Passages, unit: int) -> dict[int, list[Span]]:
     corpus = passages.found.corpus
     own = _rows(corpus, unit, matches["document"])
     common: dict[int, list[Span]] = {row: [] for row in own}
-    for other in np.unique(buckets.by_unit(matches["first"])):
-        chosen = matches[buckets.by_unit(matches["first"]) == other]
-        theirs = _rows(corpus, int(other), chosen["first"])
+    units = unit_of(matches["first"])
+    for other in np.unique(units).tolist():
+        chosen = matches[units == other]
+        theirs = _rows(corpus, other, chosen["first"])
         # Sorted by document, then by the document that it is compared with.
         for (document, first), group in itertools.groupby(
             chosen, key=lambda match: (match["document"], match["first"])
         ):
             pairs = [(int(match["offset"]), int(match["first_offset"])) for match in group]
-            row = int(document) & 0xFFFFFFFF
-            common[row] += spans.common_spans(own[row], pairs, theirs[int(first) & 0xFFFFFFFF])
+            row = row_of(int(document))
+            common[row] += spans.common_spans(own[row], pairs, theirs[row_of(int(first))])
     return {row: removed for row, found in common.items() if (removed := spans.removed(own[row], found))}
 
 
 def _rows(corpus: CorpusDir, unit: int, documents: np.ndarray) -> dict[int, bytes]:
     """The texts of some documents of a unit, by row."""
-    wanted = set((documents & np.uint64(2**32 - 1)).tolist())
+    wanted = set(row_of(documents).tolist())
     return {row: text.encode() for row, text in _texts(corpus, unit) if row in wanted}
 
 

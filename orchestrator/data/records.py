@@ -46,9 +46,16 @@ def parquet_rows(stream: IO[bytes], source: Source, start: int, end: int | None)
     from pyarrow import parquet
 
     try:
-        file = parquet.ParquetFile(stream)
-    except (pa.ArrowInvalid, OSError):
+        yield from _parquet_rows(parquet.ParquetFile(stream), source, start, end)
+    except OSError as error:
+        if error.errno is not None:  # the storage's, not Arrow's
+            raise
         raise Unreadable("broken parquet") from None
+    except pa.ArrowInvalid:
+        raise Unreadable("broken parquet") from None
+
+
+def _parquet_rows(file: Any, source: Source, start: int, end: int | None) -> Iterator[tuple[int, Any]]:
     columns = [name for name in (source.text_field, "title", "abstract") if name in file.schema_arrow.names]
     first_row = 0
     for index in range(file.num_row_groups):

@@ -9,6 +9,7 @@ from orchestrator import storage
 from orchestrator.data import steps, tokenizer
 from orchestrator.data.duplicates import Duplicates
 from orchestrator.data.layout import CorpusDir
+from orchestrator.data.numbers import row_of
 from orchestrator.data.texts import TextWriter, read_texts
 
 MAX_CHARACTERS = 2**20
@@ -17,7 +18,7 @@ MAX_CHARACTERS = 2**20
 
 def sample_unit(found: Duplicates, unit: int, share: float, held_out: float) -> int:
     """Set a share of a unit's training documents aside, by their content. Returns the number of characters."""
-    gone = set((found.gone(unit)["document"] & 0xFFFFFFFF).tolist())
+    gone = set(row_of(found.gone(unit)["document"]).tolist())
     characters = row = 0
     with TextWriter(found.corpus.sample(unit), {"text": "string"}) as writer:
         for texts, hashes in read_texts(found.corpus.documents(unit), "text", "hash"):

@@ -45,7 +45,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Unit:
-    """Pieces of one source that one task reads. Its documents are numbered unit << 32 | row."""
+    """Pieces of one source that one task reads. Its number orders its documents among those of others (numbers.py)."""
 
     number: int
     source: str

@@ -21,6 +21,7 @@ import pytest
 from orchestrator import cluster
 from orchestrator.data import duplicates, extraction, minhash, sources, tasks
 from orchestrator.data.layout import CorpusDir
+from orchestrator.data.numbers import row_of
 from orchestrator.data.texts import read_texts
 from tests.benchmarks.measuring import NO_RULES, Usage, build, installed_texts, peer, row, save, write_files
 
@@ -96,7 +97,7 @@ def removed_lines(uri: Path, text: Path) -> Iterator[str]:
     for unit in units:
         ids = [id_ for (batch,) in read_texts(corpus.documents(unit.number), "id") for id_ in batch]
         for document in found.gone(unit.number)["document"].tolist():
-            name, _, offset = ids[document & 0xFFFFFFFF].partition("/")[2].partition("#")
+            name, _, offset = ids[row_of(document)].partition("/")[2].partition("#")
             with (text / name).open() as file:
                 file.seek(int(offset))
                 yield file.readline()

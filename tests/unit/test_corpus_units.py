@@ -114,7 +114,7 @@ def test_packed_tokens_are_the_documents_each_with_its_end(unit: Unit, folder: P
     assert sum(packed.lengths.values()) == 2
     columns = ("id", "reason", "text", "of")
     (lost,) = [r for batch in read_texts(corpus.duplicates(0), *columns) for r in zip(*batch, strict=True)]
-    assert lost == ("s/1.md", "exact duplicate", TEXTS[1].strip(), "0:0")
+    assert lost == ("s/1.md", "exact duplicate", TEXTS[1].strip(), "0")
 
 
 def test_a_large_unit_is_written_as_several_shards(

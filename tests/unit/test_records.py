@@ -57,6 +57,14 @@ def test_a_record_is_its_text_or_its_title_and_abstract() -> None:
             records.text_of(record, SOURCE)
 
 
+def test_corrupt_pages_of_parquet_are_named(tmp_path: Path) -> None:
+    parquet.write_table(pa.table({"text": [f"{n} " * 200 for n in range(500)]}), tmp_path / "a.parquet")
+    data = bytearray((tmp_path / "a.parquet").read_bytes())
+    data[100 : len(data) // 2] = b"\xff" * (len(data) // 2 - 100)
+    with pytest.raises(Unreadable, match="broken parquet"):
+        list(records.parquet_rows(io.BytesIO(bytes(data)), SOURCE, 0, None))
+
+
 def test_broken_parquet_is_named() -> None:
     with pytest.raises(Unreadable, match="broken parquet"):
         list(records.parquet_rows(io.BytesIO(b"PAR1 nonsense"), SOURCE, 0, None))

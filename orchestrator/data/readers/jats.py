@@ -265,10 +265,7 @@ def _children_line(node: Element, paper: _Paper, tag: str) -> str:
 
 
 def _inline(node: Element, paper: _Paper) -> str:
-    text = node.text or ""
-    for child in node:
-        text += _inline_of(child, paper) + (child.tail or "")
-    return text
+    return xml.mixed(node, lambda child: _inline_of(child, paper))
 
 
 def _inline_of(node: Element, paper: _Paper) -> str:

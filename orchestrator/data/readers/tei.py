@@ -175,10 +175,7 @@ def _line(node: Element | None, paper: _Paper) -> str:
 
 
 def _inline(node: Element, paper: _Paper) -> str:
-    text = node.text or ""
-    for child in node:
-        text += _inline_of(child, paper) + (child.tail or "")
-    return text
+    return xml.mixed(node, lambda child: _inline_of(child, paper))
 
 
 def _inline_of(node: Element, paper: _Paper) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from html.entities import html5
 from typing import Any
 
@@ -52,6 +53,11 @@ def drop(element: Element) -> None:
 def text_of(element: Element | None) -> str:
     """All text inside, without markup; empty for None."""
     return "" if element is None else "".join(element.itertext())
+
+
+def mixed(element: Element, write: Callable[[Element], str]) -> str:
+    """An element's text with each of its children written in place."""
+    return (element.text or "") + "".join(write(child) + (child.tail or "") for child in element)
 
 
 def _reason(error: str) -> str:

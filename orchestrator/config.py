@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 import sysconfig
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from orchestrator.errors import UserError
+from orchestrator.recipe_file import Document, Place, parse, read
 
 
 def _settled_path(path: str) -> str:
@@ -307,7 +306,7 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Raises:
         UserError: with the file, line and dotted name of each wrong value, and the nearest right name for a wrong key.
     """
-    document = _parse(str(path), _read(path))
+    document = parse(str(path), read(path))
     for override in overrides:
         document.apply(override)
     try:
@@ -318,7 +317,7 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     return recipe
 
 
-def _refuse_idle_keys(document: _Document, recipe: Recipe) -> None:
+def _refuse_idle_keys(document: Document, recipe: Recipe) -> None:
     """What a given model or tokenizer decides must not stand beside it, where it would do nothing."""
     given = "model.path" if recipe.model.path else "tokenizer.path" if recipe.tokenizer.path else None
     idle = [("tokenizer", key) for key in ("vocab_size", "sample_mib") if given]
@@ -354,110 +353,7 @@ def expand_path(path: str) -> str:
     return path.replace("${site_packages}", sysconfig.get_paths()["purelib"])
 
 
-# --- YAML with line numbers -------------------------------------------------------------------------------------------
-
-_PLACE = tuple[str, ...]
-
-
-class _Document:
-    """Plain values of a YAML file, and where each of them stands."""
-
-    def __init__(self, file: str, values: Any, lines: dict[_PLACE, int]) -> None:
-        self.file = file
-        self.values = values
-        self.places = {place: f"{file}:{line}" for place, line in lines.items()}
-
-    def apply(self, override: str) -> None:
-        key, separator, text = override.partition("=")
-        parts = key.split(".")
-        if not separator or not all(parts):
-            raise UserError(f"cannot read {override!r} as key=value", "write it as in train.lr=1e-4")
-        try:
-            value = yaml.load(text, _Loader)
-        except (yaml.YAMLError, ValueError, RecursionError):
-            hint = "quote what is special to YAML, as in 'include=[\"*.py\"]'"
-            raise UserError(f"cannot read the value of {override!r} as YAML", hint) from None
-        node: Any = self.values
-        for depth, part in enumerate(parts):
-            self.places[tuple(parts[: depth + 1])] = f"command line, {override}:"
-            if not isinstance(node, (dict, list)):
-                raise UserError(f"{override!r}: {'.'.join(parts[:depth])} is a value and has no fields")
-            if isinstance(node, list) and not (part.isdecimal() and int(part) < len(node)):
-                raise UserError(f"{override!r}: {'.'.join(parts[:depth])} has {len(node)} entries, from 0")
-            index: Any = int(part) if isinstance(node, list) else part
-            if depth == len(parts) - 1:
-                node[index] = value
-            else:
-                node = node.setdefault(index, {}) if isinstance(node, dict) else node[index]
-
-    def place_of(self, location: _PLACE) -> str:
-        for length in range(len(location), -1, -1):
-            if location[:length] in self.places:
-                return self.places[location[:length]]
-        return self.file
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2 numbers (`1e-4` is a float) and booleans (only true and false)."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
-    ]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$", re.IGNORECASE), list("tTfF"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
-    list("-+0123456789."),
-)
-
-
-def _read(path: str | Path) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"no recipe at {path}", "jobs/recipes/ has examples") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the recipe {path}: {error}") from None
-
-
-def _parse(file: str, text: str) -> _Document:
-    try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        lines: dict[_PLACE, int] = {}
-        if node is not None:
-            _collect_lines(file, node, (), lines)
-        values = loader.construct_document(node) if node is not None else None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{file}:{mark.line + 1}" if mark else file
-        raise UserError(f"{place} is not YAML: {getattr(error, 'problem', error)}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} holds a value that YAML cannot mean: {type(error).__name__}: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file} holds no recipe", "jobs/recipes/ has examples")
-    return _Document(file, values, lines)
-
-
-def _collect_lines(file: str, node: yaml.Node, place: _PLACE, lines: dict[_PLACE, int]) -> None:
-    lines.setdefault(place, node.start_mark.line + 1)
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            inner = (*place, str(key.value))
-            if inner in lines:
-                raise UserError(f"{file}:{key.start_mark.line + 1} {'.'.join(inner)} stands twice")
-            lines[inner] = key.start_mark.line + 1
-            _collect_lines(file, value, inner, lines)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            _collect_lines(file, value, (*place, str(index)), lines)
-
-
-def _explain(document: _Document, error: ValidationError) -> UserError:
+def _explain(document: Document, error: ValidationError) -> UserError:
     messages, hint = [], ""
     places = {item["loc"] for item in error.errors()}
     for item in error.errors():
@@ -481,7 +377,7 @@ def _explain(document: _Document, error: ValidationError) -> UserError:
     return UserError("\n       ".join(messages), hint)
 
 
-def _fields_at(location: _PLACE) -> list[str]:
+def _fields_at(location: Place) -> list[str]:
     """Names of the fields of the section at a place in a recipe."""
     section: Any = Recipe
     for part in location:

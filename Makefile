@@ -30,4 +30,4 @@ soak: .venv/.ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-peers .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf .venv .venv-peers .venv-stream-peers .mypy_cache .ruff_cache .pytest_cache *.egg-info

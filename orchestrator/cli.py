@@ -94,23 +94,29 @@ def run(
     overrides: Overrides = None,
     stage: Annotated[str | None, typer.Option(help="only this stage")] = None,
     address: Address = None,
+    start_over: Annotated[
+        bool, typer.Option("--start-over", help="set aside what the run has trained, and begin at step 1")
+    ] = False,
 ) -> None:
     """Corpus, training, export, evaluation, a served answer, report. The same command goes on where it stopped."""
     from orchestrator.stages import STAGES
 
     if stage is not None and stage not in STAGES:
         raise UserError(f"--stage {stage} is no stage", f"one of {', '.join(STAGES)}")
-    _run(recipe, overrides or [], (stage,) if stage else STAGES, address)
+    _run(recipe, overrides or [], (stage,) if stage else STAGES, address, start_over)
 
 
-def _run(recipe: str, overrides: list[str], stages: tuple[str, ...], address: str | None) -> None:
+def _run(
+    recipe: str, overrides: list[str], stages: tuple[str, ...], address: str | None, start_over: bool = False
+) -> None:
     from orchestrator.config import load_recipe
     from orchestrator.console import set_up_logging
     from orchestrator.stages import run_recipe
 
     set_up_logging()
     loaded = load_recipe(recipe, overrides)
-    run = run_recipe(loaded, source=Path(recipe).read_text(encoding="utf-8"), stages=stages, address=address)
+    source = Path(recipe).read_text(encoding="utf-8")
+    run = run_recipe(loaded, source=source, stages=stages, address=address, start_over=start_over)
     typer.echo(_next_commands(run))
 
 
@@ -203,7 +209,10 @@ def stop(run: RunPath) -> None:
 def corpus(
     place: Annotated[str, typer.Argument(metavar="RUN_OR_DIR", help="a run, or a corpus directory")],
     trace: Annotated[
-        int | None, typer.Option(help="name the documents of a run's step, or of a corpus's sample")
+        str | None,
+        typer.Option(
+            metavar="STEP[:RANK[:SLOT]]|SAMPLE", help="name the documents of a run's step, or of a corpus's sample"
+        ),
     ] = None,
     dropped: Annotated[
         str | None, typer.Option(help="list documents that were dropped for this reason, or all")
@@ -217,8 +226,8 @@ def corpus(
     found = corpora.find_corpus(place)
     if trace is not None:
         passages = corpora.trace(found, trace)
-        lines = [f"{p.sample:>10}  {p.first:>6} - {p.last:<6}  {p.document}" for p in passages]
-        rows: Any = [vars(p) for p in passages]
+        lines = [corpora.passage_line(passage) for passage in passages]
+        rows: Any = passages
     elif dropped is not None:
         documents = corpora.dropped(found, dropped, limit)
         lines = [f"{d.reason:24}  {d.id}{f'  = {d.of}' if d.of else ''}" for d in documents]

@@ -207,11 +207,19 @@ class Workers(Section):
         return self
 
 
+class BatchStretch(Section):
+    steps: int = Field(ge=1)
+    sequences: int = Field(ge=1)
+    """A step."""
+
+
 class TrainConfig(Section):
     sequence_length: int = Field(default=2048, ge=8)
     """Tokens."""
     global_batch_size: int = Field(default=256, ge=1)
     """Sequences a step, whatever the number of workers."""
+    batch_ramp: tuple[BatchStretch, ...] = ()
+    """Global batch sizes of the first steps; `global_batch_size` holds after them."""
     steps: int = Field(ge=1)
     lr: float = Field(gt=0)
     warmup_steps: int = Field(default=0, ge=0)
@@ -232,6 +240,29 @@ class TrainConfig(Section):
     """CPUs that Ray reserves for a worker; on a CPU pool this is what a device is."""
     max_restarts: int = Field(default=10, ge=0)
     """Attempts after the first before the run is given up. A commit starts the count anew."""
+    skip_steps: tuple[tuple[Count, Count], ...] = ()
+    """First and last step of ranges to pass over, as in [[1200, 1210]]: their samples are not seen and nothing is
+    learned in them. All other steps keep their numbers, samples and learning rates."""
+    quarantine: tuple[str, ...] = ()
+    """Ids of documents that training goes on without: none of their tokens is seen or counted from now on."""
+    max_lost_shards: int = Field(default=0, ge=0)
+    """Shards of the corpus that may turn out missing or damaged; training goes on without their samples. With one more
+    the run stops at its last checkpoint."""
+
+    @model_validator(mode="after")
+    def something_is_trained(self) -> Self:
+        ramp = sum(stretch.steps for stretch in self.batch_ramp)
+        if ramp >= self.steps:
+            raise ValueError(f"batch_ramp lasts {ramp} steps, steps={self.steps}")
+        for first, last in self.skip_steps:
+            if not first <= last <= self.steps:
+                raise ValueError(f"skip_steps [{first}, {last}] is no range of steps up to steps={self.steps}")
+        covered = 0
+        for first, last in sorted(self.skip_steps):
+            covered = last if first <= covered + 1 <= last else covered
+        if covered == self.steps:
+            raise ValueError("skip_steps leaves no step")
+        return self
 
 
 class EvaluationConfig(Section):
@@ -297,6 +328,13 @@ MUTABLE = (
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.max_restarts",
+    "train.max_lost_shards",
+    "train.quarantine",
+    # What these decided for the steps that are done may not change: `supervisor.check_past` sees to it.
+    "corpus.mixture",
+    "train.global_batch_size",
+    "train.batch_ramp",
+    "train.skip_steps",
 )
 
 

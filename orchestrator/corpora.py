@@ -9,7 +9,9 @@ from typing import Any
 from orchestrator import storage
 from orchestrator.config import Recipe
 from orchestrator.data import inspection
-from orchestrator.data.manifest import Manifest, data_order, load_manifest
+from orchestrator.data.manifest import Manifest, load_manifest, schedule
+from orchestrator.data.order import slice_of
+from orchestrator.data.schedule import Schedule
 from orchestrator.errors import UserError
 from orchestrator.runs import RunDir
 
@@ -123,22 +125,93 @@ def _clusters(clusters: dict[str, Any]) -> list[str]:
     return lines
 
 
-def trace(corpus: Corpus, what: int) -> list[inspection.Passage]:
-    """The documents of a sample of a corpus, or of all samples of a step of a run.
+@dataclass(frozen=True)
+class _Consumed:
+    samples: list[int]
+    facts: list[dict[str, Any]]
+    """Where each of them went."""
+    quarantined: frozenset[str]
+    """Documents that were, then."""
+
+
+def trace(corpus: Corpus, what: str) -> list[dict[str, Any]]:
+    """The documents of a sample of a corpus (`SAMPLE`), or of what a step of a run saw (`STEP[:RANK[:SLOT]]`).
+
+    Of each run of tokens: sample, first and last token in it, document, source and shard; of a run also the step, the
+    attempt that did it, the data-parallel rank, the slot in the rank's share, and whether the tokens were excluded. A
+    step that no attempt has come to yet is told as it is planned, with no attempt and no rank.
 
     Raises:
-        UserError: there is no such sample or step.
+        UserError: there is no such sample, step, rank or slot.
     """
-    if corpus.recipe is None:
-        samples = [what]
-    else:
-        if not 1 <= what <= corpus.recipe.train.steps:
-            raise UserError(f"--trace {what}: the run's steps go from 1 to {corpus.recipe.train.steps}")
-        samples = data_order(corpus.manifest, corpus.recipe).step(what).tolist()
     try:
-        return inspection.trace(corpus.uri, corpus.manifest, samples)
+        numbers = [int(part) for part in what.split(":")]
+    except ValueError:
+        raise UserError(f"--trace {what} is no number", "give STEP, STEP:RANK or STEP:RANK:SLOT") from None
+    if corpus.recipe is None:
+        seen = _Consumed(numbers, [{}], frozenset())
+        if len(numbers) > 1:
+            raise UserError(f"--trace {what}: a corpus has samples; ranks and slots are a run's", "give the run")
+    else:
+        seen = _consumed(corpus, corpus.recipe, what, numbers)
+    try:
+        passages = inspection.trace(corpus.uri, corpus.manifest, seen.samples)
     except IndexError as error:
         raise UserError(f"--trace {what}: {error}") from None
+    return [
+        {
+            **fact,
+            **vars(passage),
+            "source": passage.document.split("/", 1)[0],
+            **({"excluded": True} if passage.document in seen.quarantined else {}),
+        }
+        for fact, found in zip(seen.facts, passages, strict=True)
+        for passage in found
+    ]
+
+
+def passage_line(passage: dict[str, Any]) -> str:
+    """One run of tokens, for a terminal: rank and slot, sample, tokens, document."""
+    place = f"{passage['rank']}:{passage['slot']}" if passage.get("rank") is not None else ""
+    excluded = "  (excluded)" if passage.get("excluded") else ""
+    tokens = f"{passage['first']:>6} - {passage['last']:<6}"
+    return f"{place:>8}  {passage['sample']:>10}  {tokens}  {passage['document']}{excluded}"
+
+
+def _consumed(corpus: Corpus, recipe: Recipe, what: str, numbers: list[int]) -> _Consumed:
+    """What a step, or a part of it, saw."""
+    step, steps = numbers[0], recipe.train.steps
+    if not 1 <= step <= steps:
+        raise UserError(f"--trace {what}: the run's steps go from 1 to {steps}")
+    record = RunDir(corpus.uri.rpartition("/")[0]).last_schedule(step)
+    chosen = Schedule.from_json(record) if record else schedule(corpus.manifest, recipe)
+    if chosen.corpus_hash != corpus.manifest.hash:
+        raise UserError(f"--trace {what}: the corpus has changed since the step was trained", "put it back")
+    if chosen.skips(step):
+        raise UserError(f"--trace {what}: step {step} is passed over (train.skip_steps)")
+    shares = tuple(record["shares"]) if record else ()
+    ids = chosen.order.step(step)
+    lost = chosen.exclusions.lost_samples(ids)
+    facts = [
+        {"step": step, "attempt": record and record["attempt"], "rank": rank, "slot": slot, "excluded": bool(gone)}
+        for (rank, slot), gone in zip(_slots(len(ids), shares), lost, strict=True)
+    ]
+    if len(numbers) > 1 and not 0 <= numbers[1] < len(shares):
+        raise UserError(f"--trace {what}: the ranks of the step go from 0 to {len(shares) - 1}")
+    keep = [
+        place for place, fact in enumerate(facts) if [fact["rank"], fact["slot"]][: len(numbers) - 1] == numbers[1:]
+    ]
+    if not keep:
+        raise UserError(f"--trace {what}: the rank has no such slot in this step")
+    return _Consumed(ids[keep].tolist(), [facts[place] for place in keep], frozenset(chosen.exclusions.quarantined))
+
+
+def _slots(sequences: int, shares: tuple[int, ...]) -> list[tuple[int | None, int]]:
+    """(rank, place in its share) of each sequence of a step."""
+    if not shares:
+        return [(None, place) for place in range(sequences)]
+    bounds = [slice_of(sequences, rank, shares) for rank in range(len(shares))]
+    return [(rank, place) for rank, (first, end) in enumerate(bounds) for place in range(end - first)]
 
 
 def dropped(corpus: Corpus, reason: str, limit: int) -> list[inspection.DroppedDocument]:

@@ -16,7 +16,7 @@ class UserError(Exception):
         self.message = message
         self.hint = hint
 
-    def __reduce__(self) -> tuple[type["UserError"], tuple[str, str]]:
+    def __reduce__(self) -> tuple[type["UserError"], tuple[str, ...]]:
         return type(self), (self.message, self.hint)
 
 
@@ -26,6 +26,21 @@ class PlanError(UserError):
 
 class StorageError(UserError):
     """A storage URI cannot be read or written as asked."""
+
+
+class ShardLost(StorageError):
+    """A shard of the corpus is missing or damaged, and stays so.
+
+    Args:
+        shard: its name in the corpus directory.
+    """
+
+    def __init__(self, message: str, hint: str = "", shard: str = "") -> None:
+        super().__init__(message, hint)
+        self.shard = shard
+
+    def __reduce__(self) -> tuple[type["UserError"], tuple[str, ...]]:
+        return type(self), (self.message, self.hint, self.shard)
 
 
 class RunFailed(UserError):

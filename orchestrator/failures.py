@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Outcome = Literal["finished", "stopped", "worker_lost", "user_error", "error"]
+Outcome = Literal["finished", "stopped", "worker_lost", "shard_lost", "user_error", "error"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,8 @@ class Ending:
     """The last step that it recorded."""
     committed_step: int
     """Step of the newest checkpoint at its end."""
+    lost_shard: str = ""
+    """Name of the shard that it could not read."""
 
 
 @dataclass(frozen=True)
@@ -29,17 +31,22 @@ class Decision:
     reason: str
 
 
-def decide(endings: list[Ending], max_restarts: int) -> Decision:
+def decide(endings: list[Ending], max_restarts: int, shard_allowance: int = 0) -> Decision:
     """
     Args:
         endings: of every attempt so far, the newest last.
         max_restarts: in a row without a new checkpoint.
+        shard_allowance: how many shards more could be lost; negative when more are lost than may be.
     """
     last = endings[-1]
     if last.outcome in ("finished", "stopped"):
         return Decision("finish", last.outcome)
     if last.outcome == "user_error":
         return Decision("give_up", "a restart would meet it again")
+    if last.outcome == "shard_lost":
+        if shard_allowance < 0:
+            return Decision("give_up", "training may not go on without it (train.max_lost_shards)")
+        return Decision("restart", f"goes on without {last.lost_shard}: resume at step {last.committed_step}")
     if last.outcome == "error" and len(endings) > 1 and _same_error(endings[-2], last):
         return Decision("give_up", f"the same error twice after step {last.last_step}")
     fruitless = _restarts_without_progress(endings)

@@ -74,6 +74,10 @@ class RunDir:
         return self.path("stop.json")
 
     @property
+    def lost_shards(self) -> str:
+        return self.path("lost_shards.json")
+
+    @property
     def report_html(self) -> str:
         return self.path("report.html")
 
@@ -87,6 +91,10 @@ class RunDir:
     def plan(self, number: int) -> str:
         """Its conditional creation is what claims the attempt."""
         return storage.join(self.attempt(number), "plan.json")
+
+    def schedule(self, number: int) -> str:
+        """What the steps of an attempt consume."""
+        return storage.join(self.attempt(number), "data.json")
 
     def attempt_error(self, number: int) -> str:
         return storage.join(self.attempt(number), "error.json")
@@ -134,6 +142,24 @@ class RunDir:
         names = storage.list_files(self.path("attempts"))
         return sorted(int(name.split("/")[0]) for name in names if name.endswith("/plan.json"))
 
+    def last_schedule(self, step: int | None = None) -> dict[str, Any] | None:
+        """What the newest attempt (at a step: that came to it) was to consume, with its `attempt`."""
+        for number in reversed(self.current_attempts()):
+            found = self.read_json(self.schedule(number))
+            if found and (step is None or found["from_step"] <= step):
+                return {"attempt": number, **found}
+        return None
+
+    def current_attempts(self) -> list[int]:
+        """Those since the run was last started over."""
+        after = self._last_before_start_over()
+        return [number for number in self.attempts() if number > after]
+
+    def _last_before_start_over(self) -> int:
+        names = storage.list_files(self.path("events"))
+        marks = [name for name in names if name.endswith("-started_over.json")]
+        return int(storage.read_json(self.path("events", marks[-1]))["last_attempt"]) if marks else 0
+
     def claim_attempt(self, plan: dict[str, Any]) -> int:
         """Take the next attempt number; two drivers never get the same one."""
         number = max(self.attempts(), default=0) + 1
@@ -165,7 +191,8 @@ class RunDir:
 
     def loss_curve(self) -> dict[int, dict[str, Any]]:
         """The record of every step that counts: where attempts overlap, the later one's."""
-        return {line["step"]: line for line in self.metric_lines()}
+        after = self._last_before_start_over()
+        return {line["step"]: line for line in self.metric_lines() if line["attempt"] > after}
 
     def claim_fault(self, fault: Fault) -> bool:
         """True once for each of `faults`: an injected failure does not come back after the restart."""
@@ -173,11 +200,12 @@ class RunDir:
         return storage.create(self.path("faults", name), _dump({"by": holder()}))
 
 
-def open_run(recipe: Recipe, source: str | None = None) -> RunDir:
+def open_run(recipe: Recipe, source: str | None = None, start_over: bool = False) -> RunDir:
     """Create the run of a recipe, or find it again.
 
     Args:
         source: the recipe file's text, kept beside the resolved values.
+        start_over: what the run has trained is to be set aside, so that any value may change.
 
     Raises:
         UserError: the storage cannot be written, or the run was begun with other values.
@@ -188,12 +216,12 @@ def open_run(recipe: Recipe, source: str | None = None) -> RunDir:
     values = recipe.model_dump(mode="json")
     before = run.read_json(run.resolved)
     begun = storage.exists(run.corpus_manifest) or bool(run.attempts())
-    if before is not None and begun:
+    if before is not None and begun and not start_over:
         changes = changed_values(before["recipe"], values)
         if changes:
             raise UserError(
                 f"{run.uri} was begun with another recipe: {'; '.join(changes)}",
-                f"take the values back, give the run another name (name=...), or delete {run.uri}",
+                "take the values back, give the run another name (name=...), or begin anew with --start-over",
             )
     if before is None or before["recipe"] != values:
         run.write_json(run.resolved, {"recipe": values, "versions": _versions()})

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from orchestrator import cluster, storage, supervisor
+from orchestrator import cluster, resume, storage, supervisor
 from orchestrator.accelerators import ACCELERATORS
 from orchestrator.config import Recipe
 from orchestrator.console import Console
@@ -35,6 +35,7 @@ def run_recipe(
     source: str | None = None,
     stages: tuple[str, ...] = STAGES,
     address: str | None = None,
+    start_over: bool = False,
     console: Console | None = None,
 ) -> RunDir:
     """Bring a run to where all of its stages are done.
@@ -42,6 +43,7 @@ def run_recipe(
     Args:
         source: text of the recipe file, kept in the run.
         address: of a Ray cluster; None starts one on this machine for as long as a stage needs it.
+        start_over: set aside what the run has trained, and begin at step 1.
 
     Raises:
         UserError: before any worker starts, when the input is wrong.
@@ -49,7 +51,10 @@ def run_recipe(
     """
     console = console or Console()
     files = check_inputs(recipe)
-    run = open_run(recipe, source)
+    run = open_run(recipe, source, start_over)
+    if start_over:
+        resume.start_over(run)
+    resume.check_past(run, recipe)
     log.info("run %s; look inside with: terrane status %s", run.uri, run.uri)
     for fault in recipe.faults:
         log.info("this recipe injects a failure on purpose: %s, rank %d at step %d", fault.kind, fault.rank, fault.step)
@@ -118,7 +123,7 @@ class _Session:
         return manifest
 
     def last_commit(self) -> checkpoints.Commit:
-        commit = supervisor.resume_point(self.run)
+        commit = resume.resume_point(self.run)
         if commit is None:
             raise RunFailed(f"{self.run.uri} has no checkpoint yet", "run the train stage first")
         return commit
@@ -141,7 +146,7 @@ def _corpus_done(session: _Session) -> bool:
     unread = manifest.documents["dropped"].get(STORAGE_FAILED)
     if manifest.files == pipeline.listing_digest(session.files) and not unread:
         return True
-    if session.run.attempts():
+    if session.run.current_attempts():
         log.info("corpus: the files of the sources have changed, or can be read again; this run trains on what it had")
         return True
     return False
@@ -160,7 +165,7 @@ def _make_corpus(session: _Session) -> None:
 def _train_done(session: _Session) -> bool:
     if _export_done(session):
         return True
-    commit = supervisor.resume_point(session.run)
+    commit = resume.resume_point(session.run)
     return commit is not None and commit.step >= session.recipe.train.steps
 
 

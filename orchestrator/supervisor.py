@@ -15,10 +15,21 @@ from orchestrator.accelerators import ACCELERATORS
 from orchestrator.config import Recipe
 from orchestrator.data import tokenizer
 from orchestrator.data.manifest import load_manifest
-from orchestrator.errors import Interrupted, RunFailed, UserError
+from orchestrator.data.schedule import Schedule
+from orchestrator.data.shard_cache import LOST_HINT
+from orchestrator.errors import Interrupted, RunFailed, ShardLost, UserError
 from orchestrator.failures import Ending, Outcome
 from orchestrator.planning.search import Plan, plan
 from orchestrator.planning.shape import model_shape
+from orchestrator.resume import (
+    check_past,
+    data_schedule,
+    lose,
+    lost_shards,
+    record_schedule,
+    resume_point,
+    take_back,
+)
 from orchestrator.runs import RunDir
 from orchestrator.train import checkpoints
 from orchestrator.train.checkpoints import Commit
@@ -44,17 +55,27 @@ def supervise(run: RunDir, recipe: Recipe, on_step: Callable[[dict[str, Any]], N
         Interrupted: it was asked to stop, and its state is committed.
     """
     storage.delete(run.stop_request)
+    manifest = load_manifest(run.corpus)
+    assert manifest is not None, "training follows the corpus stage"
+    check_past(run, recipe)
+    take_back(run, manifest)
     endings: list[Ending] = []
     while True:
         resume = resume_point(run)
         if resume and resume.step >= recipe.train.steps:
             return resume
+        schedule = data_schedule(run, recipe, manifest)
         chosen = make_plan(run, recipe)
         attempt = run.claim_attempt(_as_json(chosen))
+        record_schedule(run, attempt, schedule, chosen.shares, resume.step if resume else 0)
         _announce(run, recipe, attempt, chosen, resume)
-        ending = _attempt(run, recipe, chosen, attempt, resume, on_step)
+        ending = _attempt(run, recipe, chosen, attempt, schedule, resume, on_step)
         endings.append(ending)
-        decision = failures.decide(endings, recipe.train.max_restarts)
+        if ending.lost_shard:
+            lost = lose(run, manifest, ending.lost_shard, ending.message)
+            run.log_event("shard_lost", attempt=attempt, shards=[shard.name for shard in lost])
+        allowance = recipe.train.max_lost_shards - len(lost_shards(run))
+        decision = failures.decide(endings, recipe.train.max_restarts, allowance)
         run.log_event("attempt_ended", **asdict(ending))
         run.log_event("decided", attempt=attempt, action=decision.action, reason=decision.reason)
         if ending.outcome == "stopped":
@@ -63,6 +84,8 @@ def supervise(run: RunDir, recipe: Recipe, on_step: Callable[[dict[str, Any]], N
             )
         if decision.action == "give_up":
             hint = f"terrane logs {run.uri} shows the workers' last words"
+            if ending.lost_shard:
+                hint = f"{LOST_HINT}; the state of step {ending.committed_step} is committed"
             raise RunFailed(f"attempt {attempt} ended: {_first_line(ending.message)}; {decision.reason}", hint)
         if decision.action == "restart":
             log.warning("attempt %d: %s", attempt, decision.reason)
@@ -85,27 +108,6 @@ def request_stop(run: RunDir, reason: str) -> None:
     run.write_json(run.stop_request, {"reason": reason, "time": time.time()})
 
 
-def resume_point(run: RunDir) -> Commit | None:
-    """The newest checkpoint that is whole; damaged ones are set aside, and said to be.
-
-    Raises:
-        UserError: it was trained on another corpus than the run's.
-    """
-
-    def set_aside(step: int, what: str) -> None:
-        log.warning("checkpoint of step %d set aside: %s", step, what)
-        run.log_event("checkpoint_damaged", step=step, message=what)
-
-    commit = checkpoints.newest(run.checkpoints, set_aside)
-    manifest = load_manifest(run.corpus)
-    if commit and manifest and commit.position.corpus_hash != manifest.hash:
-        raise UserError(
-            f"the corpus has changed since step {commit.step}: {manifest.hash} is not {commit.position.corpus_hash}",
-            f"put the corpus back, or delete {run.checkpoints} to start over",
-        )
-    return commit
-
-
 def _announce(run: RunDir, recipe: Recipe, attempt: int, chosen: Plan, resume: Commit | None) -> None:
     step = resume.step if resume else 0
     run.log_event("planned", attempt=attempt, plan=_as_json(chosen), reason=chosen.reason)
@@ -119,12 +121,13 @@ def _attempt(
     recipe: Recipe,
     chosen: Plan,
     attempt: int,
+    schedule: Schedule,
     resume: Commit | None,
     on_step: Callable[[dict[str, Any]], None],
 ) -> Ending:
     """Run one attempt to its end, following its metrics meanwhile."""
     follower = _Follower(run, attempt, on_step)
-    fit = _Fit(run, recipe, chosen, attempt, resume)
+    fit = _Fit(run, recipe, chosen, attempt, schedule, resume)
     fit.start()
     interrupts = 0
     while not fit.ended.is_set():
@@ -140,7 +143,7 @@ def _attempt(
             log.warning("stopping: the workers commit after this step (Ctrl-C again to drop it)")
             request_stop(run, "Ctrl-C")
     follower.poll()
-    outcome, message = _judge(fit.error)
+    outcome, message, lost_shard = _judge(fit.error)
     if fit.error is not None:
         run.write_json(run.attempt_error(attempt), {"outcome": outcome, "message": message})
     committed = checkpoints.committed_steps(run.checkpoints)
@@ -154,6 +157,7 @@ def _attempt(
         resumed_from=resume.step if resume else 0,
         last_step=max(follower.last_step, step),
         committed_step=step,
+        lost_shard=lost_shard,
     )
 
 
@@ -163,9 +167,11 @@ class _Fit(threading.Thread):
     Wait on `ended`, not in `join`: Python 3.11 takes a thread for dead when Ctrl-C comes during its join.
     """
 
-    def __init__(self, run: RunDir, recipe: Recipe, chosen: Plan, attempt: int, resume: Commit | None) -> None:
+    def __init__(
+        self, run: RunDir, recipe: Recipe, chosen: Plan, attempt: int, schedule: Schedule, resume: Commit | None
+    ) -> None:
         super().__init__(name=f"attempt-{attempt}", daemon=True)
-        self._trainer = _trainer(run, recipe, chosen, attempt, resume)
+        self._trainer = _trainer(run, recipe, chosen, attempt, schedule, resume)
         self.error: Exception | None = None
         self.ended = threading.Event()
 
@@ -178,7 +184,7 @@ class _Fit(threading.Thread):
             self.ended.set()
 
 
-def _trainer(run: RunDir, recipe: Recipe, chosen: Plan, attempt: int, resume: Commit | None) -> Any:
+def _trainer(run: RunDir, recipe: Recipe, chosen: Plan, attempt: int, schedule: Schedule, resume: Commit | None) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -193,6 +199,7 @@ def _trainer(run: RunDir, recipe: Recipe, chosen: Plan, attempt: int, resume: Co
         recipe=recipe.model_dump(mode="json"),
         plan=_as_json(chosen),
         attempt=attempt,
+        schedule=schedule.as_json(),
         resume=asdict(resume) if resume else None,
     )
     return TorchTrainer(
@@ -248,28 +255,30 @@ class _Follower:
         self._seen = len(whole)
 
 
-def _judge(error: Exception | None) -> tuple[Outcome, str]:
-    """What an attempt's end was, from what `fit()` raised."""
+def _judge(error: Exception | None) -> tuple[Outcome, str, str]:
+    """What an attempt's end was, from what `fit()` raised: its kind, in words, and the shard that was lost."""
     from ray.exceptions import RayActorError, RayError
     from ray.train import ControllerError, WorkerGroupError
 
     if error is None:
-        return "finished", ""
+        return "finished", "", ""
     if isinstance(error, WorkerGroupError):
         causes = {rank: _cause(failure) for rank, failure in sorted(error.worker_failures.items())}
         for rank, cause in causes.items():
+            if isinstance(cause, ShardLost):
+                return "shard_lost", cause.message, cause.shard
             if isinstance(cause, UserError):
-                return "user_error", cause.message
+                return "user_error", cause.message, ""
             if isinstance(cause, RayActorError):
-                return "worker_lost", f"rank {rank}: {_first_line(str(cause))}"
+                return "worker_lost", f"rank {rank}: {_first_line(str(cause))}", ""
         for rank, cause in causes.items():
             if any(sign in str(cause) for sign in _PEER_LOST):
-                return "worker_lost", f"rank {rank} lost a peer: {_first_line(str(cause))}"
+                return "worker_lost", f"rank {rank} lost a peer: {_first_line(str(cause))}", ""
         rank, cause = next(iter(causes.items()), (0, error))
-        return "error", f"rank {rank}: {type(cause).__name__}: {cause}"
+        return "error", f"rank {rank}: {type(cause).__name__}: {cause}", ""
     if isinstance(error, ControllerError):
-        return "worker_lost", _first_line(str(error.controller_failure))
-    return ("worker_lost" if isinstance(error, RayError) else "error"), f"{type(error).__name__}: {error}"
+        return "worker_lost", _first_line(str(error.controller_failure)), ""
+    return ("worker_lost" if isinstance(error, RayError) else "error"), f"{type(error).__name__}: {error}", ""
 
 
 def _cause(failure: BaseException) -> BaseException:

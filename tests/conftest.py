@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from orchestrator.data.shard_cache import FOLDER_VARIABLE
+
 settings.register_profile("terrane", deadline=None)  # machines are shared: a slow example is no failure
 settings.load_profile("terrane")
 
@@ -20,10 +22,17 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
 @pytest.fixture(scope="session", autouse=True)
-def no_shard_cache_left() -> Iterator[None]:
-    """Shards read from S3 are cached on the node; the tests leave none behind."""
+def shard_cache() -> Iterator[None]:
+    """Shards read from S3 are cached on the node; the tests have a cache of their own and leave none behind."""
+    folder = tempfile.mkdtemp(prefix="terrane-test-cache-")
+    before = os.environ.get(FOLDER_VARIABLE)
+    os.environ[FOLDER_VARIABLE] = folder
     yield
-    shutil.rmtree(Path(tempfile.gettempdir(), "terrane-shards"), ignore_errors=True)
+    if before is None:
+        del os.environ[FOLDER_VARIABLE]
+    else:
+        os.environ[FOLDER_VARIABLE] = before
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

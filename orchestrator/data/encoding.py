@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from orchestrator import storage
 from orchestrator.data.tokenizer import (
     MARKER,
     OPERATORS,
@@ -313,6 +314,12 @@ def _make(tokenizer_json: str, end: str | int | None) -> Encoder:
             "the tokenizer has no eos token to end documents with", "set eos_token in tokenizer_config.json"
         )
     return Encoder(tokenizer, number)
+
+
+def end_of_document(uri: str) -> int:
+    """Id of the token that a tokenizer directory ends documents with."""
+    with storage.local_directory(uri) as folder:
+        return load_encoder(folder).end
 
 
 def _end_token(directory: Path) -> str | int | None:

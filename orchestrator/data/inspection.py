@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ from orchestrator.data.manifest import Manifest
 from orchestrator.data.numbers import row_of, unit_of
 from orchestrator.data.texts import read_texts
 
+SIDECARS_AT_ONCE = 8
+
 
 @dataclass(frozen=True)
 class Passage:
@@ -25,6 +28,27 @@ class Passage:
     """Of the tokens of the sequence."""
     last: int
     document: str
+    shard: str
+
+
+def occurrences(uri: str, manifest: Manifest, documents: Sequence[str]) -> dict[str, list[tuple[int, int, int]]]:
+    """Where documents stand in the training split: (sample, first token, last token) each. Reads every sidecar."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    wanted = pa.array(documents, pa.string())
+    found: dict[str, list[tuple[int, int, int]]] = {document: [] for document in documents}
+    length, first = manifest.sequence_length, 0
+    with ThreadPoolExecutor(SIDECARS_AT_ONCE) as pool:
+        listed = manifest.shards("train")
+        for shard, sidecar in zip(listed, pool.map(lambda s: shards.read_sidecar(uri, s.name), listed), strict=True):
+            for run in np.flatnonzero(pc.is_in(sidecar.documents, wanted).to_numpy(zero_copy_only=False)):
+                begin, end = int(sidecar.starts[run]), int(sidecar.starts[run] + sidecar.lengths[run])
+                for sample in range(begin // length, -(-end // length)):
+                    place = (max(begin - sample * length, 0), min(end - sample * length, length) - 1)
+                    found[sidecar.documents[run].as_py()].append((first + sample, *place))
+            first += shard.sequences
+    return found
 
 
 @dataclass(frozen=True)
@@ -36,8 +60,8 @@ class DroppedDocument:
     """The document that it repeats: its number, or its id."""
 
 
-def trace(uri: str, manifest: Manifest, samples: list[int], split: str = "train") -> list[Passage]:
-    """The documents of some sequences, by sample id. Reads the sidecars of their shards, no shard.
+def trace(uri: str, manifest: Manifest, samples: list[int], split: str = "train") -> list[list[Passage]]:
+    """The documents of some sequences, by sample id, of each its passages. Reads the sidecars of their shards only.
 
     Raises:
         IndexError: there is no such sample.
@@ -47,13 +71,17 @@ def trace(uri: str, manifest: Manifest, samples: list[int], split: str = "train"
     if samples and not 0 <= min(samples) <= max(samples) < ends[-1]:
         raise IndexError(f"samples go from 0 to {ends[-1] - 1}")
     places = [int(np.searchsorted(ends, sample, side="right")) for sample in samples]
-    sidecars = {place: shards.read_sidecar(uri, found[place].name) for place in set(places)}
+    with ThreadPoolExecutor(SIDECARS_AT_ONCE) as pool:
+        chosen = sorted(set(places))
+        sidecars = dict(zip(chosen, pool.map(lambda p: shards.read_sidecar(uri, found[p].name), chosen), strict=True))
     return [
-        Passage(sample, first, last, document)
+        [
+            Passage(sample, first, last, document, found[place].name)
+            for first, last, document in sidecars[place].passages(
+                sample - int(ends[place]) + found[place].sequences, manifest.sequence_length
+            )
+        ]
         for sample, place in zip(samples, places, strict=True)
-        for first, last, document in sidecars[place].passages(
-            sample - int(ends[place]) + found[place].sequences, manifest.sequence_length
-        )
     ]
 
 

@@ -8,9 +8,11 @@ from typing import Any
 
 from orchestrator import storage
 from orchestrator.config import Recipe
-from orchestrator.data import shards
+from orchestrator.data.exclusions import Exclusions
 from orchestrator.data.layout import CorpusDir
-from orchestrator.data.order import Order, Pool, Stage
+from orchestrator.data.order import BLOCK_TOKENS, Batches, Order, Pool, Stage
+from orchestrator.data.schedule import Schedule
+from orchestrator.data.shards import Shard, ShardReader
 from orchestrator.errors import StorageError, UserError
 
 FORMAT = 2
@@ -39,8 +41,11 @@ class Manifest:
     clusters: dict[str, Any] = field(default_factory=dict)
     """Near-duplicates: clusters by size, and the largest."""
 
-    def shards(self, split: str) -> list[shards.Shard]:
-        return [shards.Shard(**shard) for shard in self.splits[split]["shards"]]
+    def shards(self, split: str) -> list[Shard]:
+        return [Shard(**shard) for shard in self.splits[split]["shards"]]
+
+    def reader(self, corpus: str, split: str) -> ShardReader:
+        return ShardReader(corpus, self.shards(split), self.sequence_length, self.vocab_size)
 
     def sequences(self, split: str) -> int:
         return int(self.splits[split]["sequences"])
@@ -90,7 +95,27 @@ def data_order(manifest: Manifest, recipe: Recipe) -> Order:
                     f"{manifest.sequence_length} tokens",
                     "give it more text, or no weight",
                 )
-    return Order(pools=pools, stages=stages, seed=recipe.train.seed, global_batch_size=recipe.train.global_batch_size)
+    return Order(
+        pools=pools,
+        stages=stages,
+        batches=(
+            *(Batches(stretch.sequences, stretch.steps) for stretch in recipe.train.batch_ramp),
+            Batches(recipe.train.global_batch_size),
+        ),
+        seed=recipe.train.seed,
+        block=max(1, BLOCK_TOKENS // manifest.sequence_length),
+    )
+
+
+def schedule(manifest: Manifest, recipe: Recipe, exclusions: Exclusions | None = None) -> Schedule:
+    """What every step of a recipe consumes."""
+    return Schedule(
+        order=data_order(manifest, recipe),
+        sequence_length=manifest.sequence_length,
+        corpus_hash=manifest.hash,
+        skip_steps=recipe.train.skip_steps,
+        exclusions=exclusions or Exclusions(),
+    )
 
 
 def _pool(manifest: Manifest, source: str) -> Pool:

@@ -41,7 +41,11 @@ log = logging.getLogger(__name__)
 
 def corpus_inputs(recipe: Recipe) -> str:
     """Digest of everything in a recipe that a corpus depends on."""
-    return recipe.digest_of("corpus", "tokenizer", "model.path", "train.sequence_length")
+    # Of a mixture the shards know only that there is one, which keeps the sources apart: its weights may change.
+    apart = bool(recipe.corpus.mixture)
+    plain = recipe.model_copy(update={"corpus": recipe.corpus.model_copy(update={"mixture": ()})})
+    digest = plain.digest_of("corpus", "tokenizer", "model.path", "train.sequence_length")
+    return f"{digest}-by-source" if apart else digest
 
 
 def listing_digest(files: Sequence[SourceFile]) -> str:

@@ -7,7 +7,9 @@ A shard has one column `tokens`, fixed_size_list<uint16 or uint32>[sequence_leng
 from __future__ import annotations
 
 import functools
-import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,16 @@ from typing import Any
 import numpy as np
 
 from orchestrator import storage
-from orchestrator.errors import StorageError
+from orchestrator.data.shard_cache import LOST_HINT, node_cache
+from orchestrator.errors import ShardLost
 
 SIDECAR = ".documents.arrow"
+ATTEMPTS = 3
+"""To read a shard before it counts as lost."""
+PAUSE_S = 0.5
+"""Before the second attempt; twice that before the third."""
+DOWNLOADS = 4
+"""Shards that a task fetches at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,61 +124,91 @@ def read_sidecar(corpus: str, name: str) -> Sidecar:
     """The sidecar of a shard."""
     import pyarrow as pa
 
-    table = pa.ipc.open_file(pa.BufferReader(storage.read(storage.join(corpus, name + SIDECAR)))).read_all()
-    columns = table.combine_chunks()
+    uri = storage.join(corpus, name + SIDECAR)
+    source = pa.BufferReader(storage.read(uri)) if storage.is_s3(uri) else pa.memory_map(uri)
+    columns = pa.ipc.open_file(source).read_all().combine_chunks()
     return Sidecar(columns["start"].to_numpy(), columns["length"].to_numpy(), columns["document"])
 
 
 class ShardReader:
     """Random access to the sequences of one split, by sample id: the position in the shards, in manifest order."""
 
-    def __init__(self, corpus: str, shards: list[Shard]) -> None:
+    def __init__(self, corpus: str, shards: list[Shard], sequence_length: int, vocab_size: int) -> None:
         self._corpus = corpus
         self._shards = shards
         self._ends = np.cumsum([shard.sequences for shard in shards])
+        self._sequence_length = sequence_length
+        self._type = token_type(vocab_size)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def take(self, ids: np.ndarray) -> np.ndarray:
+    def take(self, ids: np.ndarray, absent: np.ndarray | None = None) -> np.ndarray:
         """Sequences [len(ids), sequence_length], uint16 or uint32.
 
+        Args:
+            absent: which of them are not to be read, bool like ids; zeros stand for those.
+
         Raises:
-            StorageError: a shard is not what the manifest says.
+            ShardLost: a shard is not what the manifest says.
         """
+        found = np.zeros((len(ids), self._sequence_length), self._type)
         where = np.searchsorted(self._ends, ids, side="right")
-        rows: list[np.ndarray | None] = [None] * len(ids)
-        for index in np.unique(where):
-            shard = self._shards[index]
-            tokens = _open_shard(storage.join(self._corpus, shard.name), shard)
-            for position in np.flatnonzero(where == index):
-                rows[position] = tokens[ids[position] - (self._ends[index] - shard.sequences)]
-        return np.stack(rows)  # type: ignore[arg-type]
+        if absent is not None:
+            where[absent] = -1
+        needed = np.unique(where[where >= 0])
+        for index, tokens in zip(needed, self._open(needed), strict=True):
+            here = where == index
+            found[here] = tokens[ids[here] - (self._ends[index] - self._shards[index].sequences)]
+        return found
+
+    def _open(self, needed: np.ndarray) -> Iterator[np.ndarray]:
+        """The tokens of these shards, which are fetched several at a time where they must be."""
+        shards = [self._shards[index] for index in needed]
+        uris = [storage.join(self._corpus, shard.name) for shard in shards]
+        if not storage.is_s3(self._corpus):
+            return map(_open_shard, uris, shards)
+        with ThreadPoolExecutor(DOWNLOADS) as pool:
+            return pool.map(_open_shard, uris, shards)
 
 
-@functools.lru_cache(maxsize=256)
 def _open_shard(uri: str, shard: Shard) -> np.ndarray:
-    """Verified once a process, then memory-mapped: [sequences, sequence_length]."""
+    """A shard's tokens [sequences, sequence_length], memory-mapped."""
+    problem = ""
+    for attempt in range(ATTEMPTS):
+        time.sleep(PAUSE_S * attempt)
+        try:
+            path = node_cache().fetch(uri, shard.bytes, shard.xxh3) if storage.is_s3(uri) else Path(uri)
+            stat = path.stat()
+            # A file of the cache is touched at every use, and replaced only by another one.
+            version = stat.st_ino if storage.is_s3(uri) else stat.st_mtime_ns
+            return _mapped(path, (stat.st_size, version), shard.xxh3)
+        except FileNotFoundError:  # also from the cache, when others needed its room at once
+            problem = "is missing"
+        except ShardLost as error:
+            raise ShardLost(error.message, error.hint, shard.name) from None
+        except _Damaged as error:
+            problem = f"is damaged: {error}"
+            if storage.is_s3(uri):
+                node_cache().discard(shard.xxh3)
+    raise ShardLost(f"shard {uri} {problem}", LOST_HINT, shard.name)
+
+
+class _Damaged(Exception):
+    pass
+
+
+@functools.lru_cache(maxsize=128)
+def _mapped(path: Path, version: tuple[int, int], xxh3: str) -> np.ndarray:
+    """Verified once a process, and again when the file has changed."""
     import pyarrow as pa
 
-    path = _local_copy(uri, shard)
     with pa.memory_map(str(path)) as source:
         mapped = source.read_buffer()
-    if _hash(mapped) != shard.xxh3:
-        raise StorageError(f"shard {uri} is damaged: its hash is not the manifest's {shard.xxh3}")
+    if _hash(mapped) != xxh3:
+        raise _Damaged(f"its hash is not the manifest's {xxh3}")
     column = pa.ipc.open_file(pa.BufferReader(mapped)).get_batch(0).column(0)
     return np.asarray(column.flatten().to_numpy(zero_copy_only=True)).reshape(len(column), -1)
-
-
-def _local_copy(uri: str, shard: Shard) -> Path:
-    if not storage.is_s3(uri):
-        if not storage.exists(uri):
-            raise StorageError(f"shard {uri} is missing", "delete the corpus directory and run again to make it anew")
-        return Path(uri)
-    path = Path(tempfile.gettempdir(), "terrane-shards", f"{shard.xxh3}.arrow")
-    if not path.is_file() or path.stat().st_size != shard.bytes:
-        storage.download(uri, path)
-    return path
 
 
 def _to_ipc(table: Any) -> bytes:

@@ -1,96 +1,133 @@
-"""The transport: Ray Data carries the sequences of the coming steps from the shards to a worker, ahead of time.
+"""The transport: Ray Data carries the samples of the coming steps from the shards to a worker, ahead of time.
 
-A unit of work is K steps of one rank. Which samples those are comes from the order alone, so the consumer knows what
-must arrive and refuses anything else.
+A unit of work is the worker's part of some steps in a row. Which samples those are comes from the schedule alone, so
+the consumer knows what must arrive and refuses anything else. Units are read by tasks on the consumer's node: what they
+read from S3 is cached there, and what they give goes through its shared memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from orchestrator.data.manifest import Manifest
-from orchestrator.data.order import Order
-from orchestrator.data.shards import ShardReader
+from orchestrator.data.schedule import Role, Schedule, Share
 from orchestrator.data.tasks import quiet_ray_data
-from orchestrator.errors import RunFailed, StorageError
+from orchestrator.errors import RunFailed
 
 UNIT_BYTES = 16 * 2**20
-PACE_S = 0.02
-_MAX_STEPS = 32
+AHEAD = 4
+"""Units that may wait in shared memory or be on their way there."""
+EXECUTION_UNITS = 256
+"""Of one Ray Data execution, which takes a millisecond a unit to start; the next one follows it."""
 
 
 @dataclass(frozen=True)
-class RankSlice:
-    """Which part of every step a worker consumes."""
-
-    rank: int
-    world_size: int
-    """Data-parallel ranks."""
+class _Unit:
+    steps: range
+    size: int
+    """Sequences of the worker in each."""
 
 
-def rank_batches(
-    corpus: str, manifest: Manifest, order: Order, part: RankSlice, first_step: int, last_step: int
-) -> Iterator[np.ndarray]:
-    """The sequences of a rank for first_step..last_step, one array [global_batch / world_size, sequence_length] a step.
+def stream(
+    corpus: str,
+    schedule: Schedule,
+    role: Role,
+    first_step: int,
+    last_step: int,
+    unit_bytes: int = UNIT_BYTES,
+) -> Iterator[Share]:
+    """A worker's part of first_step..last_step, one after the other.
 
     Raises:
-        RunFailed: other samples arrived than the order says.
-        StorageError: a shard is missing or damaged.
+        RunFailed: other samples arrived than the schedule says.
+        ShardLost: a shard is missing or damaged; names it.
     """
+    arriving = _arriving(corpus, schedule, role, first_step, last_step, unit_bytes)
+    exclusions = schedule.exclusions
+    for step in range(first_step, last_step + 1):
+        tokens = counted = None
+        if role.reads and not schedule.skips(step):
+            ids, tokens = next(arriving)
+            counted = exclusions.counted(ids, schedule.sequence_length) if exclusions else None
+            if counted is not None:
+                tokens = np.where(counted, tokens, tokens.dtype.type(exclusions.filler))
+        yield Share(
+            step=step,
+            tokens=tokens,
+            counted=counted,
+            targets=schedule.targets(step),
+            largest=schedule.largest(step, role.shares),
+        )
+
+
+def _arriving(
+    corpus: str,
+    schedule: Schedule,
+    role: Role,
+    first_step: int,
+    last_step: int,
+    unit_bytes: int,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(sample ids, their tokens) of every step that is not passed over."""
+    units = list(_units(schedule, role, first_step, last_step, unit_bytes))
+    blocks = _blocks(corpus, schedule, role, [unit for unit in units if unit.size], unit_bytes)
+    for unit in units:
+        ids = schedule.ids(unit.steps, role)
+        if unit.size:
+            tokens = _verified(next(blocks), ids, unit, role)
+        else:  # more replicas than sequences
+            tokens = np.empty((0, schedule.sequence_length), np.uint16)
+        for place in range(len(unit.steps)):
+            mine = slice(place * unit.size, (place + 1) * unit.size)
+            yield ids[mine], tokens[mine]
+
+
+def _units(schedule: Schedule, role: Role, first_step: int, last_step: int, unit_bytes: int) -> Iterator[_Unit]:
+    for steps in schedule.stretches(first_step, last_step):
+        size = schedule.size(steps[0], role)
+        each = max(1, unit_bytes // max(1, size * schedule.sequence_length * 4))
+        for begin in range(steps.start, steps.stop, each):
+            yield _Unit(range(begin, min(begin + each, steps.stop)), size)
+
+
+def _verified(block: Any, ids: np.ndarray, unit: _Unit, role: Role) -> np.ndarray:
+    """The tokens of a unit, [samples, sequence_length]."""
+    from orchestrator.data.transport import unpacked
+
+    arrived, tokens = unpacked(block)
+    if not np.array_equal(arrived, ids):
+        raise RunFailed(
+            f"data order broken in steps {unit.steps[0]} to {unit.steps[-1]}, rank {role.rank}: "
+            f"got samples {arrived[:4]}..., expected {ids[:4]}..."
+        )
+    return tokens
+
+
+def _blocks(corpus: str, schedule: Schedule, role: Role, units: Sequence[_Unit], unit_bytes: int) -> Iterator[Any]:
+    """What Ray Data brings for every unit, in order."""
     import ray
+    from ray.data import DataContext, ExecutionResources
 
-    each = order.global_batch_size // part.world_size
-    steps_per_unit = max(1, min(_MAX_STEPS, UNIT_BYTES // (each * manifest.sequence_length * 4)))
-    starts = list(range(first_step, last_step + 1, steps_per_unit))
-    shards = manifest.shards("train")
-
-    def read_unit(unit: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        start = starts[int(unit["id"][0])]
-        steps = range(start, min(start + steps_per_unit, last_step + 1))
-        ids = np.concatenate([order.of_rank(step, part.rank, part.world_size) for step in steps])
-        try:
-            tokens, problem = ShardReader(corpus, shards).take(ids), ""
-        except StorageError as error:  # as a value: Ray Data would bury an exception under its own
-            tokens, problem = np.zeros((len(ids), manifest.sequence_length), np.uint16), error.message
-        return {"sample": ids, "tokens": tokens, "problem": np.full(len(ids), problem)}
+    from orchestrator.data.transport import Pacing, Units, consumer_waits
 
     quiet_ray_data()
-    context = ray.data.DataContext.get_current()
+    context = DataContext.get_current()
     context.execution_options.preserve_order = True
-    context.custom_execution_callback_classes = [_pacing()]
-    # No CPU is asked for: a recipe may give every CPU to its workers, and these tasks read a memory map.
-    dataset = ray.data.range(len(starts), override_num_blocks=len(starts)).map_batches(
-        read_unit, batch_size=1, num_cpus=0, compute=ray.data.TaskPoolStrategy(size=2)
-    )
-    batches = dataset.iter_batches(batch_size=each, batch_format="numpy", prefetch_batches=2)
-    for step, batch in zip(range(first_step, last_step + 1), batches, strict=True):
-        if any(batch["problem"]):
-            raise StorageError(max(batch["problem"]), "delete the corpus directory and run again to make it anew")
-        expected = order.of_rank(step, part.rank, part.world_size)
-        if not np.array_equal(batch["sample"], expected):
-            raise RunFailed(
-                f"data order broken at step {step}, rank {part.rank}: got samples {batch['sample'][:4]}..., "
-                f"expected {expected[:4]}..."
-            )
-        yield batch["tokens"]
-
-
-def _pacing() -> type[Any]:
-    """A callback that lets the scheduling loop of Ray Data rest between two turns.
-
-    Ray 2.60's loop does not wait while the consumer has enough to do, which is nearly always here: its thread then
-    takes a whole core of the training process. At this pace it takes a few per cent, still far ahead of any step.
-    """
-    import time
-
-    from ray.data._internal.execution.execution_callback import ExecutionCallback
-
-    class Pacing(ExecutionCallback):
-        def on_execution_step(self, executor: Any) -> None:
-            time.sleep(PACE_S)
-
-    return Pacing
+    context.execution_options.resource_limits = ExecutionResources(object_store_memory=AHEAD * unit_bytes)
+    context.execution_options.label_selector = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    context.target_max_block_size = None  # a unit is one block
+    context.custom_execution_callback_classes = [Pacing]
+    for first in range(0, len(units), EXECUTION_UNITS):
+        steps = [unit.steps for unit in units[first : first + EXECUTION_UNITS]]
+        # No CPU is asked for: a recipe may give every CPU to its workers, and these tasks read a memory map.
+        dataset = ray.data.read_datasource(
+            Units(corpus, schedule, role, steps), override_num_blocks=len(steps), num_cpus=0, concurrency=2
+        )
+        blocks = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
+        for _ in steps:
+            with consumer_waits():
+                block = next(blocks)
+            yield block

@@ -10,7 +10,6 @@ import numpy as np
 from orchestrator import storage
 from orchestrator.config import Recipe
 from orchestrator.data.manifest import Manifest
-from orchestrator.data.shards import ShardReader
 from orchestrator.runs import RunDir
 
 BATCH = 8
@@ -24,7 +23,7 @@ def evaluate(run: RunDir, recipe: Recipe, manifest: Manifest, step: int, device:
     from orchestrator.train.models import base_model
 
     sequences = min(recipe.evaluation.held_out_sequences, manifest.sequences("held_out"))
-    tokens = ShardReader(run.corpus, manifest.shards("held_out")).take(np.arange(sequences))
+    tokens = manifest.reader(run.corpus, "held_out").take(np.arange(sequences))
     base = base_model(recipe, manifest.vocab_size, torch.float32)
     with storage.local_directory(run.model) as folder:
         model = AutoModelForCausalLM.from_pretrained(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -30,6 +31,7 @@ class Plan:
     micro_batch_size: int
     """Sequences."""
     accumulation: int
+    """Micro-batches of the largest share of the largest global batch."""
     dtype: str
     parameters: int
     memory_bytes: int
@@ -44,6 +46,11 @@ class Plan:
     def workers(self) -> int:
         return self.data_parallel * self.pipeline_stages * self.tensor_parallel
 
+    @property
+    def shares(self) -> tuple[int, ...]:
+        """Of the global batch by data-parallel rank, relative to each other: like devices take alike."""
+        return (1,) * self.data_parallel
+
     def __str__(self) -> str:
         return (
             f"{self.workers} {self.accelerator} worker{'s' if self.workers > 1 else ''}, ZeRO-{self.zero_stage}, "
@@ -55,7 +62,7 @@ class Plan:
 class _Rejected:
     layout: str
     why: str
-    memory_bytes: int = 0
+    memory_bytes: int
 
 
 def plan(recipe: Recipe, shape: ModelShape, pools: list[NodePool]) -> Plan:
@@ -83,12 +90,8 @@ def _layouts(train: TrainConfig, shape: ModelShape, pool: NodePool, single: bool
     devices = pool.devices(train.cpus_per_worker)
     available = pool.memory_per_device(train.cpus_per_worker)
     for workers in range(train.workers.min, min(train.workers.max, devices, train.global_batch_size) + 1):
-        if train.global_batch_size % workers:
-            why = f"{workers} does not divide train.global_batch_size={train.global_batch_size}"
-            yield _Rejected(f"{workers} x {pool.accelerator}", why)
-            continue
-        share = train.global_batch_size // workers
-        for micro_batch_size in (m for m in range(1, share + 1) if share % m == 0):
+        share = math.ceil(largest_batch(train) / workers)
+        for micro_batch_size in sorted({math.ceil(share / parts) for parts in range(1, share + 1)}):
             yield _judge(train, shape, pool, single, workers, micro_batch_size, available)
 
 
@@ -110,7 +113,8 @@ def _judge(
         micro_batch_size=micro_batch_size,
         sequence_length=train.sequence_length,
     )
-    accumulation = train.global_batch_size // workers // micro_batch_size
+    share = math.ceil(largest_batch(train) / workers)
+    accumulation = math.ceil(share / micro_batch_size)
     found = Plan(
         accelerator=pool.accelerator,
         node_ids=tuple(node.id for node in pool.nodes),
@@ -126,7 +130,7 @@ def _judge(
             PLATFORMS[pool.accelerator],
             data_parallel=workers,
             accumulation=accumulation,
-            global_batch_size=train.global_batch_size,
+            global_batch_size=share * workers,
             sequence_length=train.sequence_length,
             width=4 if dtype == "fp32" else 2,
         ),
@@ -135,6 +139,10 @@ def _judge(
         why = f"needs {memory.total / _GIB:.1f} GiB a worker, {available / _GIB:.1f} GiB are there"
         return _Rejected(_name(found), why, memory.total)
     return found
+
+
+def largest_batch(train: TrainConfig) -> int:
+    return max(train.global_batch_size, *(stretch.sequences for stretch in train.batch_ramp), 1)
 
 
 def choose_dtype(asked: str, accelerator: str) -> str:
@@ -161,8 +169,6 @@ def _no_plan(train: TrainConfig, pools: list[NodePool], rejected: list[_Rejected
             f"train.workers.min={train.workers.min} is more than train.global_batch_size={train.global_batch_size}",
             "a worker needs at least one sequence a step",
         )
-    nearest = min(rejected, key=lambda r: r.memory_bytes or float("inf"))
+    nearest = min(rejected, key=lambda r: r.memory_bytes)
     hint = "use more devices, a smaller model or shorter sequences"
-    if not nearest.memory_bytes:
-        hint = "set train.workers to a divisor of train.global_batch_size"
     return PlanError(f"no layout fits; the nearest is {nearest.layout}: {nearest.why}", hint)

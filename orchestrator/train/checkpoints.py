@@ -28,16 +28,17 @@ class Position:
     """What training goes on from, besides the fragments."""
 
     step: int
-    seed: int
-    global_batch_size: int
-    corpus_hash: str
+    updates: int
+    """Optimizer steps that were made: fewer than steps where some were passed over."""
+    past: dict[str, Any]
+    """All that decided what the steps consumed (data.schedule.Schedule.past)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Commit:
     """The content of COMMITTED."""
 
-    format: int = 1
+    format: int = 2
     attempt: int
     parent: int | None
     """Step of the checkpoint that the attempt began from."""
@@ -120,10 +121,15 @@ def newest(checkpoints: str, on_damage: Any = None) -> Commit | None:
             return commit
         if on_damage:
             on_damage(step, fault)
-        marker = storage.join(step_directory(checkpoints, step), COMMITTED)
-        storage.write(marker + ".damaged", storage.read(marker))
-        storage.delete(marker)
+        set_aside(checkpoints, step, "damaged")
     return None
+
+
+def set_aside(checkpoints: str, step: int, why: str) -> None:
+    """Take a commit back; its files stay, under COMMITTED.<why>, until training has passed the step again."""
+    marker = storage.join(step_directory(checkpoints, step), COMMITTED)
+    storage.write(f"{marker}.{why}", storage.read(marker))
+    storage.delete(marker)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from orchestrator.accelerators import Accelerator
 from orchestrator.config import TrainConfig
+from orchestrator.data.schedule import Share
 from orchestrator.planning.search import Plan
 from orchestrator.train import checkpoints, fragments
 from orchestrator.train.models import parameter_groups, token_loss_sum
@@ -51,23 +52,23 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=deepspeed_config(config, plan, _numel(model))
         )
-        self._targets = config.global_batch_size * (config.sequence_length - 1)
 
-    def step(self, tokens: np.ndarray, lr: float, flag: bool = False) -> StepResult:
+    def step(self, share: Share, lr: float, flag: bool = False) -> StepResult:
         """One optimizer step on this rank's share of the global batch.
 
         Args:
-            tokens: [global_batch / data_parallel, sequence_length].
             flag: true on any rank comes back true on all, on the collective that sums the loss.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        # DeepSpeed averages over ranks and accumulation steps: undo both, so that the loss is a plain sum over targets.
-        scale = self._plan.data_parallel * self._plan.accumulation / self._targets
+        accumulation = math.ceil(share.largest / self._plan.micro_batch_size)
+        # DeepSpeed averages over ranks: undo that, so that the loss is a plain sum over targets.
+        scale = self._plan.data_parallel / share.targets
         total = torch.zeros((), dtype=torch.float64)
-        for micro_batch in self._micro_batches(tokens):
-            loss = token_loss_sum(self._engine, micro_batch)
-            self._engine.backward(loss * scale)
+        for number, (tokens, counted) in enumerate(micro_batches(share, accumulation), 1):
+            self._engine.set_gradient_accumulation_boundary(number == accumulation)
+            loss = token_loss_sum(self._engine, tokens.to(self._device), counted)
+            self._engine.backward(loss * scale, scale_wrt_gas=False)
             self._engine.step()
             total += loss.detach().to("cpu", torch.float64)
         summed = torch.tensor([float(total), float(flag)], dtype=torch.float64, device=self._device)
@@ -75,7 +76,7 @@ class Engine:
         norm = self._engine.get_global_grad_norm()
         loss_sum, flags = summed.tolist()
         return StepResult(
-            loss=loss_sum / self._targets, grad_norm=math.nan if norm is None else float(norm), flag=flags > 0
+            loss=loss_sum / share.targets, grad_norm=math.nan if norm is None else float(norm), flag=flags > 0
         )
 
     def save(self, directory: str, attempt: int, parent: int | None, position: checkpoints.Position) -> Any:
@@ -87,12 +88,25 @@ class Engine:
         """Take over the state of a checkpoint that any layout wrote."""
         with torch.no_grad():
             checkpoints.load(directory, commit, fragments.engine_fragments(self._engine))
-            fragments.set_step(self._engine, commit.step)
+            fragments.set_step(self._engine, commit.position.updates)
             fragments.refresh_parameters(self._engine)
 
-    def _micro_batches(self, tokens: np.ndarray) -> Iterator[torch.Tensor]:
-        for part in np.split(tokens.astype(np.int64), self._plan.accumulation):
-            yield torch.from_numpy(part).to(self._device)
+
+def micro_batches(share: Share, accumulation: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """(tokens, which of them are counted) of a share in as many parts as every other rank's share has.
+
+    The parts differ by one sequence at most. A rank that has too few gives one that counts for nothing: each part is a
+    collective that all ranks take part in.
+    """
+    assert share.tokens is not None, "the role reads data"
+    parts = np.array_split(share.tokens.astype(np.int64), accumulation)
+    counts = [None] * accumulation if share.counted is None else np.array_split(share.counted, accumulation)
+    for tokens, counted in zip(parts, counts, strict=True):
+        if len(tokens):
+            yield torch.from_numpy(tokens), None if counted is None else torch.from_numpy(counted)
+        else:
+            nothing = torch.zeros((1, share.tokens.shape[1]), dtype=torch.int64)
+            yield nothing, torch.zeros_like(nothing, dtype=torch.bool)
 
 
 def deepspeed_config(config: TrainConfig, plan: Plan, numel: int) -> dict[str, Any]:

@@ -8,6 +8,8 @@ import torch
 
 from orchestrator.config import ModelConfig, Recipe
 
+NOT_A_TARGET = -100
+
 
 def base_model(recipe: Recipe, vocab_size: int, dtype: torch.dtype) -> Any:
     """The model that a recipe starts from."""
@@ -65,12 +67,16 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
     return [group for group in groups if group["params"]]
 
 
-def token_loss_sum(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+def token_loss_sum(model: Any, tokens: torch.Tensor, counted: torch.Tensor | None = None) -> torch.Tensor:
     """Sum over the targets of the cross entropy, in fp32. Every token but the first of a sequence is a target.
 
     Args:
         tokens: int64 [sequences, sequence_length].
+        counted: bool like tokens: False for those that are no targets. None: all are.
     """
     logits = model(input_ids=tokens, use_cache=False).logits
     predictions = logits[:, :-1].flatten(0, 1).float()
-    return torch.nn.functional.cross_entropy(predictions, tokens[:, 1:].flatten(), reduction="sum")
+    targets = tokens if counted is None else tokens.masked_fill(~counted.to(tokens.device), NOT_A_TARGET)
+    return torch.nn.functional.cross_entropy(
+        predictions, targets[:, 1:].flatten(), reduction="sum", ignore_index=NOT_A_TARGET
+    )

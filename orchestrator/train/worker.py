@@ -15,6 +15,7 @@ from typing import Any
 
 from orchestrator import accelerators, storage
 from orchestrator.config import Recipe
+from orchestrator.data.schedule import Role, Schedule, Share
 from orchestrator.planning.search import Plan
 from orchestrator.runs import RunDir
 from orchestrator.train.checkpoints import Commit, Position
@@ -32,6 +33,8 @@ class Job:
     recipe: dict[str, Any]
     plan: dict[str, Any]
     attempt: int
+    schedule: dict[str, Any]
+    """What every step consumes."""
     resume: dict[str, Any] | None
     """The commit to go on from."""
 
@@ -52,41 +55,47 @@ def train_worker(values: dict[str, Any]) -> None:
 
 
 def _train(job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int, world_size: int) -> None:
-    from orchestrator.data.manifest import data_order, load_manifest
-    from orchestrator.data.stream import RankSlice, rank_batches
-    from orchestrator.train.schedule import learning_rate
+    from orchestrator.data.manifest import load_manifest
+    from orchestrator.data.stream import stream
+    from orchestrator.train.learning_rate import learning_rate
 
     config, resume = recipe.train, job.commit()
     manifest = load_manifest(run.corpus)
     assert manifest is not None, "the supervisor starts no attempt before the corpus is done"
-    order = data_order(manifest, recipe)
+    schedule = Schedule.from_json(job.schedule)
+    role = Role(rank, plan.shares)
     first = resume.step + 1 if resume else 1
-    batches = rank_batches(run.corpus, manifest, order, RankSlice(rank, world_size), first, config.steps)
+    shares = stream(run.corpus, schedule, role, first, config.steps)
 
     engine = _build_engine(recipe, plan, manifest.vocab_size)
     if resume:
         engine.load(run.checkpoints, resume)
-    recorder = Recorder(run, job.attempt, rank, tokens_per_step=config.global_batch_size * config.sequence_length)
+    recorder = Recorder(run, job.attempt, rank, schedule)
     stop = StopRequest(run, rank)
     saved = resume.step if resume else None
+    updates = resume.position.updates if resume else 0
+    asked = False
     with contextlib.closing(recorder):
-        for step, tokens in recorder.timed(batches, first):
-            lr = learning_rate(config, step)
-            result = engine.step(tokens, lr, flag=stop.requested())
-            recorder.record(step, result, lr)
-            if not math.isfinite(result.loss):
-                raise FloatingPointError(f"loss is {result.loss} at step {step}")
+        for share in recorder.timed(shares):
+            step = share.step
+            if share.targets:
+                lr = learning_rate(config, step)
+                result = engine.step(share, lr, flag=stop.requested())
+                recorder.record(step, result, lr)
+                updates, asked = updates + 1, result.flag
+                if not math.isfinite(result.loss):
+                    raise FloatingPointError(f"loss is {result.loss} at step {step}")
+            else:
+                log.info("step %d: passed over", step)
             _inject_faults(recipe, run, rank, step)
-            if step % config.checkpoint_every == 0 or step == config.steps or result.flag:
-                position = Position(
-                    step=step, seed=config.seed, global_batch_size=config.global_batch_size, corpus_hash=manifest.hash
-                )
+            if step % config.checkpoint_every == 0 or step == config.steps or asked:
+                position = Position(step=step, updates=updates, past=schedule.past(step))
                 with recorder.saving():
                     commit = engine.save(run.checkpoints, job.attempt, saved, position)
                 saved = step
                 if commit:
                     _after_commit(run, recipe, job.attempt, commit, recorder.checkpoint_s)
-            if result.flag:
+            if asked:
                 log.info("step %d: asked to stop, state committed", step)
                 break
 
@@ -144,29 +153,30 @@ class StopRequest:
 class Recorder:
     """Times the parts of every step; rank 0 writes them to the run's metrics."""
 
-    def __init__(self, run: RunDir, attempt: int, rank: int, tokens_per_step: int) -> None:
+    def __init__(self, run: RunDir, attempt: int, rank: int, schedule: Schedule) -> None:
         self._out = storage.Appender(run.metrics(attempt)) if rank == 0 else None
-        self._tokens_per_step = tokens_per_step
+        self._schedule = schedule
         self._started = self._received = 0.0
         self.checkpoint_s = 0.0
 
-    def timed(self, batches: Iterator[Any], first: int) -> Iterator[tuple[int, Any]]:
-        """Number the batches by step, and time the wait for each."""
+    def timed(self, shares: Iterator[Share]) -> Iterator[Share]:
+        """Time the wait for each."""
         self._started = time.perf_counter()
-        for step, batch in enumerate(batches, first):
+        for share in shares:
             self._received = time.perf_counter()
-            yield step, batch
+            yield share
 
     def record(self, step: int, result: Any, lr: float) -> None:
         now = time.perf_counter()
+        tokens = self._schedule.order.batch_size(step) * self._schedule.sequence_length
         line = {
             "step": step,
             "time": time.time(),
             "loss": result.loss,
             "grad_norm": result.grad_norm,
             "lr": lr,
-            "tokens": step * self._tokens_per_step,
-            "tokens_per_second": self._tokens_per_step / (now - self._started),
+            "tokens": self._schedule.order.position(step + 1) * self._schedule.sequence_length,
+            "tokens_per_second": tokens / (now - self._started),
             "step_time_s": now - self._started,
             "data_s": self._received - self._started,
             "compute_s": now - self._received,

@@ -121,13 +121,26 @@ class Usage:
                 continue
 
 
+def peers_python(folder: Path, requirements: str) -> str:
+    """The Python of an environment of peers, which is made where it is not there."""
+    python = folder / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        listed = str(Path(__file__).with_name(requirements))
+        subprocess.run([str(folder / "bin" / "pip"), "install", "-q", "-r", listed], check=True)
+    return str(python)
+
+
 def peer(what: str, source: Path, out: Path, tokenizer: Path) -> dict[str, float]:
-    if not (PEERS / "bin" / "python").exists():
-        subprocess.run([sys.executable, "-m", "venv", str(PEERS)], check=True)
-        requirements = str(Path(__file__).with_name("peers.txt"))
-        subprocess.run([str(PEERS / "bin" / "pip"), "install", "-q", "-r", requirements], check=True)
     out.mkdir(parents=True)
-    command = [str(PEERS / "bin" / "python"), str(Path(__file__).with_name("peers.py")), what, source, out, tokenizer]
+    command = [
+        peers_python(PEERS, "peers.txt"),
+        str(Path(__file__).with_name("peers.py")),
+        what,
+        source,
+        out,
+        tokenizer,
+    ]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])

@@ -196,12 +196,10 @@ def _served(client: Any) -> list[str]:
 
 def test_every_sample_was_consumed_once_and_in_order(tiny: RunDir) -> None:
     """The stream's own check refused nothing; here the order itself is what the manifest and seed say."""
-    from orchestrator.data.shards import ShardReader
-
     manifest = load_manifest(tiny.corpus)
     assert manifest is not None
     order = data_order(manifest, tiny.recipe())
     ids = np.concatenate([order.step(step) for step in range(1, STEPS + 1)])
     assert len(np.unique(ids)) == len(ids)
-    reader = ShardReader(tiny.corpus, manifest.shards("train"))
+    reader = manifest.reader(tiny.corpus, "train")
     assert len(reader) == manifest.sequences("train")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 
@@ -20,6 +21,8 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from orchestrator.config import ModelConfig, TrainConfig  # noqa: E402
+from orchestrator.data.order import slice_of  # noqa: E402
+from orchestrator.data.schedule import Share  # noqa: E402
 from orchestrator.errors import UserError  # noqa: E402
 from orchestrator.planning.search import Plan  # noqa: E402
 from orchestrator.train import checkpoints  # noqa: E402
@@ -35,6 +38,17 @@ def batch(step: int) -> np.ndarray:
     """A stream that a model can learn: runs of counting tokens."""
     starts = np.random.default_rng(step).integers(0, VOCAB - LENGTH, (BATCH, 1))
     return starts + np.arange(LENGTH)
+
+
+def share_of(step: int, rank: int, ranks: int) -> Share:
+    first, end = slice_of(BATCH, rank, (1,) * ranks)
+    return Share(
+        step=step,
+        tokens=batch(step)[first:end],
+        counted=None,
+        targets=BATCH * (LENGTH - 1),
+        largest=math.ceil(BATCH / ranks),
+    )
 
 
 def model(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
@@ -61,7 +75,7 @@ def main() -> None:
         data_parallel=ranks,
         zero_stage=args.zero,
         micro_batch_size=1,
-        accumulation=BATCH // ranks,
+        accumulation=math.ceil(BATCH / ranks),
         dtype="fp32",
         parameters=0,
         memory_bytes=0,
@@ -76,12 +90,11 @@ def main() -> None:
         first = commit.step + 1
     losses = {}
     for step in range(first, args.last_step + 1):
-        share = batch(step)[rank * BATCH // ranks : (rank + 1) * BATCH // ranks]
-        result = engine.step(share, CONFIG.lr, flag=rank == ranks - 1 and step == args.last_step)
+        result = engine.step(share_of(step, rank, ranks), CONFIG.lr, flag=rank == ranks - 1 and step == args.last_step)
         assert result.flag == (step == args.last_step), "a flag of any rank reaches all"
         losses[step] = (result.loss, result.grad_norm)
         if step == args.save:
-            position = checkpoints.Position(step=step, seed=0, global_batch_size=BATCH, corpus_hash="c")
+            position = checkpoints.Position(step=step, updates=step, past={})
             try:
                 engine.save(args.checkpoints, args.attempt, None, position)
             except UserError as error:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ from orchestrator.data import tokenizer as tokenizers
 from orchestrator.data.layout import CorpusDir
 from orchestrator.data.manifest import Manifest, data_order, load_manifest
 from orchestrator.data.pipeline import build_corpus
-from orchestrator.data.shards import ShardReader
 from orchestrator.data.tasks import run_alone, run_tasks
 from orchestrator.errors import UserError
 from tests.conftest import ROOT
@@ -82,8 +82,8 @@ def texts_of(uri: str, manifest: Manifest) -> dict[str, str]:
     found: dict[str, list[int]] = {}
     for split in ("train", "held_out"):
         samples = list(range(manifest.sequences(split)))
-        tokens = ShardReader(uri, manifest.shards(split)).take(np.array(samples))
-        for passage in inspection.trace(uri, manifest, samples, split):
+        tokens = manifest.reader(uri, split).take(np.array(samples))
+        for passage in chain.from_iterable(inspection.trace(uri, manifest, samples, split)):
             found.setdefault(passage.document, []).extend(
                 tokens[passage.sample][passage.first : passage.last + 1].tolist()
             )
@@ -168,8 +168,8 @@ def test_every_token_leads_to_its_document(tmp_path: Path) -> None:
     lines = (tmp_path / "s" / "a.jsonl").read_bytes()
     tokenizer = tokenizers.load(CorpusDir(uri).tokenizer)
     samples = list(range(manifest.sequences("train")))
-    tokens = ShardReader(uri, manifest.shards("train")).take(np.array(samples))
-    passages = inspection.trace(uri, manifest, samples)
+    tokens = manifest.reader(uri, "train").take(np.array(samples))
+    passages = list(chain.from_iterable(inspection.trace(uri, manifest, samples)))
     assert sum(p.last - p.first + 1 for p in passages) == manifest.splits["train"]["tokens"]
     for passage in passages:
         offset = int(passage.document.partition("#")[2])
@@ -249,7 +249,7 @@ def test_a_mixture_is_met_in_every_batch(tmp_path: Path) -> None:
     order = data_order(manifest, mixed)
     for step, share in ((1, 0.8), (5, 0.8), (6, 0.0), (9, 0.0)):
         samples = order.step(step).tolist()
-        origins = {p.sample: p.document.split("/")[0] for p in inspection.trace(uri, manifest, samples)}
+        origins = {p.sample: p.document.split("/")[0] for p, *_ in inspection.trace(uri, manifest, samples)}
         assert np.mean([origins[sample] == "papers" for sample in samples]) == share
     idle = recipe(tmp_path / "papers", tmp_path / "code", mixture=[{"weights": {"code": 1}}])
     assert build(idle, uri).documents == manifest.documents

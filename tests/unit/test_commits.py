@@ -17,7 +17,7 @@ def commit(root: str, step: int, attempt: int = 1) -> Commit:
     storage.write(storage.join(directory, name), f"state of step {step}".encode())
     uri = storage.join(directory, name)
     facts = {name: {"bytes": storage.size(uri), "xxh3": checkpoints._hash(uri)}}
-    position = Position(step=step, seed=0, global_batch_size=4, corpus_hash="c")
+    position = Position(step=step, updates=step, past={})
     made = Commit(attempt=attempt, parent=None, position=position, files=facts)
     storage.write(storage.join(directory, checkpoints.COMMITTED), json.dumps(asdict(made)).encode())
     return made

@@ -105,7 +105,7 @@ def test_packed_tokens_are_the_documents_each_with_its_end(unit: Unit, folder: P
     tokenizer.save_pretrained(corpus.tokenizer)
     packed = pack(corpus, facts, [(1, 0)])
     (shard,) = packed.shards["train"]
-    reader = ShardReader(corpus.uri, [packing.shards.Shard(**shard)])
+    reader = ShardReader(corpus.uri, [packing.shards.Shard(**shard)], 16, 400)
     ids = reader.take(np.arange(len(reader))).flatten().tolist() + packed.tails["train"]["tokens"]
     assert tokenizer.decode(ids).split("</s>") == [TEXTS[0].strip(), TEXTS[3].strip(), ""]
     assert packed.kept == {"train": 2}

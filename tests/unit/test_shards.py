@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from orchestrator import storage
 from orchestrator.data import shards
 from orchestrator.data.shards import Packed, ShardReader
-from orchestrator.errors import StorageError
+from orchestrator.errors import ShardLost
 
 
 def packed(sequences: int, length: int, first: int = 0) -> Packed:
@@ -21,7 +21,7 @@ def packed(sequences: int, length: int, first: int = 0) -> Packed:
 
 def test_sequences_are_found_by_sample_id_across_shards(anywhere: str) -> None:
     written = [shards.write_shard(anywhere, f"shards/{n}.arrow", packed(5, 8, n * 40), 8, 1000) for n in range(3)]
-    reader = ShardReader(anywhere, written)
+    reader = ShardReader(anywhere, written, 8, 1000)
     assert len(reader) == 15
     ids = np.array([14, 0, 5, 4, 14])
     assert np.array_equal(reader.take(ids), np.arange(120).reshape(15, 8)[ids])
@@ -30,7 +30,7 @@ def test_sequences_are_found_by_sample_id_across_shards(anywhere: str) -> None:
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(50_000, np.uint16), (65_536, np.uint16), (65_537, np.uint32)])
 def test_tokens_take_the_narrowest_type(tmp_path: Path, vocab_size: int, dtype: type) -> None:
     shard = shards.write_shard(str(tmp_path), "s.arrow", packed(2, 4), 4, vocab_size)
-    assert ShardReader(str(tmp_path), [shard]).take(np.array([0])).dtype == dtype
+    assert ShardReader(str(tmp_path), [shard], 4, vocab_size).take(np.array([0])).dtype == dtype
 
 
 def test_the_sidecar_traces_every_token(tmp_path: Path) -> None:
@@ -45,15 +45,15 @@ def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
     data = bytearray((tmp_path / "s.arrow").read_bytes())
     data[len(data) // 2] ^= 1
     (tmp_path / "s.arrow").write_bytes(data)
-    with pytest.raises(StorageError, match=r"s\.arrow is damaged"):
-        ShardReader(str(tmp_path), [shard]).take(np.array([0]))
+    with pytest.raises(ShardLost, match=r"s\.arrow is damaged"):
+        ShardReader(str(tmp_path), [shard], 8, 1000).take(np.array([0]))
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     shard = shards.write_shard(str(tmp_path), "s.arrow", packed(5, 8), 8, 1000)
     (tmp_path / "s.arrow").unlink()
-    with pytest.raises(StorageError, match=r"s\.arrow is missing"):
-        ShardReader(str(tmp_path), [shard]).take(np.array([0]))
+    with pytest.raises(ShardLost, match=r"s\.arrow is missing"):
+        ShardReader(str(tmp_path), [shard], 8, 1000).take(np.array([0]))
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=10), st.integers(0, 250))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from orchestrator.config import TrainConfig
-from orchestrator.train.schedule import learning_rate
+from orchestrator.train.learning_rate import learning_rate
 
 
 def rates(schedule: str, steps: int = 100, warmup: int = 10) -> list[float]:

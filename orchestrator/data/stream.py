@@ -17,9 +17,9 @@ from orchestrator.data.schedule import Role, Schedule, Share
 from orchestrator.data.tasks import quiet_ray_data
 from orchestrator.errors import RunFailed
 
-UNIT_BYTES = 16 * 2**20
-AHEAD = 4
-"""Units that may wait in shared memory or be on their way there."""
+UNIT_TOKENS = 2**23
+AHEAD_BYTES = 2**26
+"""Of shared memory, for units of one worker that wait there or are on their way."""
 EXECUTION_UNITS = 256
 """Of one Ray Data execution, which takes a millisecond a unit to start; the next one follows it."""
 
@@ -37,7 +37,7 @@ def stream(
     role: Role,
     first_step: int,
     last_step: int,
-    unit_bytes: int = UNIT_BYTES,
+    unit_tokens: int = UNIT_TOKENS,
 ) -> Iterator[Share]:
     """A worker's part of first_step..last_step, one after the other.
 
@@ -45,7 +45,7 @@ def stream(
         RunFailed: other samples arrived than the schedule says.
         ShardLost: a shard is missing or damaged; names it.
     """
-    arriving = _arriving(corpus, schedule, role, first_step, last_step, unit_bytes)
+    arriving = _arriving(corpus, schedule, role, first_step, last_step, unit_tokens)
     exclusions = schedule.exclusions
     for step in range(first_step, last_step + 1):
         tokens = counted = None
@@ -69,11 +69,11 @@ def _arriving(
     role: Role,
     first_step: int,
     last_step: int,
-    unit_bytes: int,
+    unit_tokens: int,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(sample ids, their tokens) of every step that is not passed over."""
-    units = list(_units(schedule, role, first_step, last_step, unit_bytes))
-    blocks = _blocks(corpus, schedule, role, [unit for unit in units if unit.size], unit_bytes)
+    units = list(_units(schedule, role, first_step, last_step, unit_tokens))
+    blocks = _blocks(corpus, schedule, role, [unit for unit in units if unit.size])
     for unit in units:
         ids = schedule.ids(unit.steps, role)
         if unit.size:
@@ -85,10 +85,10 @@ def _arriving(
             yield ids[mine], tokens[mine]
 
 
-def _units(schedule: Schedule, role: Role, first_step: int, last_step: int, unit_bytes: int) -> Iterator[_Unit]:
+def _units(schedule: Schedule, role: Role, first_step: int, last_step: int, unit_tokens: int) -> Iterator[_Unit]:
     for steps in schedule.stretches(first_step, last_step):
         size = schedule.size(steps[0], role)
-        each = max(1, unit_bytes // max(1, size * schedule.sequence_length * 4))
+        each = max(1, unit_tokens // max(1, size * schedule.sequence_length))
         for begin in range(steps.start, steps.stop, each):
             yield _Unit(range(begin, min(begin + each, steps.stop)), size)
 
@@ -106,7 +106,7 @@ def _verified(block: Any, ids: np.ndarray, unit: _Unit, role: Role) -> np.ndarra
     return tokens
 
 
-def _blocks(corpus: str, schedule: Schedule, role: Role, units: Sequence[_Unit], unit_bytes: int) -> Iterator[Any]:
+def _blocks(corpus: str, schedule: Schedule, role: Role, units: Sequence[_Unit]) -> Iterator[Any]:
     """What Ray Data brings for every unit, in order."""
     import ray
     from ray.data import DataContext, ExecutionResources
@@ -116,7 +116,7 @@ def _blocks(corpus: str, schedule: Schedule, role: Role, units: Sequence[_Unit],
     quiet_ray_data()
     context = DataContext.get_current()
     context.execution_options.preserve_order = True
-    context.execution_options.resource_limits = ExecutionResources(object_store_memory=AHEAD * unit_bytes)
+    context.execution_options.resource_limits = ExecutionResources(object_store_memory=AHEAD_BYTES)
     context.execution_options.label_selector = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     context.target_max_block_size = None  # a unit is one block
     context.custom_execution_callback_classes = [Pacing]

@@ -29,7 +29,7 @@ import numpy as np
 import psutil
 
 BATCH, LENGTH = 16, 2048
-PACE, PACED_S, IDLE_S, SETTLE_S = 1_000_000, 30.0, 15.0, 3.0
+PACE, PACED_S, IDLE_S, SETTLE_S = 1_000_000, 90.0, 30.0, 3.0
 """Tokens a second that a trainer takes, for how long, and how long the idle cluster is watched before."""
 
 Batches = Callable[[Path], Iterator[np.ndarray]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import Any
 
@@ -14,7 +15,8 @@ from orchestrator.data.encoding import end_of_document
 from orchestrator.data.exclusions import Exclusions, LostShard, Run
 from orchestrator.data.manifest import Manifest, load_manifest, schedule
 from orchestrator.data.schedule import Schedule, changes
-from orchestrator.errors import ShardLost, UserError
+from orchestrator.data.shard_cache import LOST_HINT
+from orchestrator.errors import ShardLost, StorageError, UserError
 from orchestrator.runs import RunDir
 from orchestrator.train import checkpoints
 from orchestrator.train.checkpoints import Commit
@@ -38,16 +40,23 @@ def check_past(run: RunDir, recipe: Recipe) -> None:
     Raises:
         UserError: it does not; says what differs, and how to change only what comes.
     """
-    manifest, steps = load_manifest(run.corpus), checkpoints.committed_steps(run.checkpoints)
-    if manifest is None or not steps:
+    manifest, commit = load_manifest(run.corpus), _newest_readable(run)
+    if manifest is None or commit is None:
         return
-    before = checkpoints.read_commit(run.checkpoints, steps[-1]).position.past
-    found = changes(before, schedule(manifest, recipe).past(steps[-1]))
+    before = commit.position.past
+    found = changes(before, schedule(manifest, recipe).past(commit.step))
     if found:
         raise UserError(
-            f"{run.uri} is at step {steps[-1]}, and what its steps consumed would change: {'; '.join(found)}",
+            f"{run.uri} is at step {commit.step}, and what its steps consumed would change: {'; '.join(found)}",
             f"{_how_to_change(before, manifest)}take it back, or begin anew with --start-over",
         )
+
+
+def _newest_readable(run: RunDir) -> Commit | None:
+    for step in reversed(checkpoints.committed_steps(run.checkpoints)):
+        with contextlib.suppress(StorageError):  # damaged: it is set aside when training resumes
+            return checkpoints.read_commit(run.checkpoints, step)
+    return None
 
 
 def _how_to_change(before: dict[str, Any], manifest: Manifest) -> str:
@@ -64,7 +73,7 @@ def data_schedule(run: RunDir, recipe: Recipe, manifest: Manifest) -> Schedule:
     """What the steps to come consume, without what the run has lost or quarantined.
 
     Raises:
-        UserError: a quarantined document is not part of the corpus.
+        UserError: a quarantined document is not part of the corpus; more shards are lost than may be.
     """
     return schedule(manifest, recipe, _exclusions(run, recipe, manifest))
 
@@ -79,8 +88,8 @@ def record_schedule(run: RunDir, attempt: int, chosen: Schedule, shares: tuple[i
         log.info("attempt %d: data schedule changed from step %d on: %s", attempt, resume_step + 1, ", ".join(changed))
 
 
-def lose(run: RunDir, manifest: Manifest, shard: str, reason: str) -> list[LostShard]:
-    """Note a shard as lost, and with it every other that a listing shows to be missing or cut short."""
+def find_lost(run: RunDir, manifest: Manifest, shard: str, reason: str) -> list[LostShard]:
+    """The shards lost before, this one, and every other that a listing shows to be missing or cut short."""
     lost = {found.name: found for found in lost_shards(run)}
     there = {entry.name: entry.bytes for entry in storage.list_entries(storage.join(run.corpus, "shards"))}
     first = 0
@@ -90,8 +99,13 @@ def lose(run: RunDir, manifest: Manifest, shard: str, reason: str) -> list[LostS
         if found.name == shard or size != found.bytes:
             lost.setdefault(found.name, LostShard(name=found.name, first=first, samples=found.sequences, reason=why))
         first += found.sequences
-    run.write_json(run.lost_shards, [vars(found) for found in lost.values()])
     return list(lost.values())
+
+
+def go_on_without(run: RunDir, lost: list[LostShard]) -> None:
+    """Exclude shards from the attempts to come."""
+    run.write_json(run.lost_shards, [vars(shard) for shard in lost])
+    run.log_event("shards_lost", shards=[shard.name for shard in lost])
 
 
 def take_back(run: RunDir, manifest: Manifest) -> None:
@@ -115,6 +129,9 @@ def lost_shards(run: RunDir) -> list[LostShard]:
 
 def _exclusions(run: RunDir, recipe: Recipe, manifest: Manifest) -> Exclusions:
     lost, wanted = lost_shards(run), recipe.train.quarantine
+    if len(lost) > recipe.train.max_lost_shards:
+        names = ", ".join(shard.name for shard in lost)
+        raise UserError(f"{run.uri} goes on without {names}, and train.max_lost_shards is less", LOST_HINT)
     if not lost and not wanted:
         return Exclusions()
     before = run.last_schedule() or {}

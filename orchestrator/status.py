@@ -30,6 +30,7 @@ def summarize(run: RunDir) -> dict[str, Any]:
         "loss": last["loss"] if last else None,
         "tokens_per_second": last["tokens_per_second"] if last else None,
         "checkpoints": committed_steps(run.checkpoints),
+        "lost_shards": [shard["name"] for shard in run.read_json(run.lost_shards) or []],
         "attempts": [vars(row) for row in attempt_rows(events, lines)],
         "evaluation": run.read_json(run.path("evaluation", evaluations[-1])) if evaluations else None,
         "last_event": events[-1] if events else None,
@@ -61,6 +62,8 @@ def describe(summary: dict[str, Any]) -> str:
         steps = f"steps {row['first_step']}-{row['last_step']}"
         state = row["outcome"] or "no end recorded"
         out.append(f"  attempt {row['number']:<4} {row['workers']} workers, {steps}, {state}{repeated}{recovered}")
+    if summary["lost_shards"]:
+        out.append(f"  goes on without  {', '.join(summary['lost_shards'])}")
     if summary["checkpoints"]:
         out.append(f"  checkpoints  {', '.join(map(str, summary['checkpoints']))}")
     if evaluation := summary["evaluation"]:

@@ -24,8 +24,8 @@ from orchestrator.planning.shape import model_shape
 from orchestrator.resume import (
     check_past,
     data_schedule,
-    lose,
-    lost_shards,
+    find_lost,
+    go_on_without,
     record_schedule,
     resume_point,
     take_back,
@@ -71,11 +71,8 @@ def supervise(run: RunDir, recipe: Recipe, on_step: Callable[[dict[str, Any]], N
         _announce(run, recipe, attempt, chosen, resume)
         ending = _attempt(run, recipe, chosen, attempt, schedule, resume, on_step)
         endings.append(ending)
-        if ending.lost_shard:
-            lost = lose(run, manifest, ending.lost_shard, ending.message)
-            run.log_event("shard_lost", attempt=attempt, shards=[shard.name for shard in lost])
-        allowance = recipe.train.max_lost_shards - len(lost_shards(run))
-        decision = failures.decide(endings, recipe.train.max_restarts, allowance)
+        lost = find_lost(run, manifest, ending.lost_shard, ending.message) if ending.lost_shard else []
+        decision = failures.decide(endings, recipe.train.max_restarts, recipe.train.max_lost_shards - len(lost))
         run.log_event("attempt_ended", **asdict(ending))
         run.log_event("decided", attempt=attempt, action=decision.action, reason=decision.reason)
         if ending.outcome == "stopped":
@@ -89,6 +86,8 @@ def supervise(run: RunDir, recipe: Recipe, on_step: Callable[[dict[str, Any]], N
             raise RunFailed(f"attempt {attempt} ended: {_first_line(ending.message)}; {decision.reason}", hint)
         if decision.action == "restart":
             log.warning("attempt %d: %s", attempt, decision.reason)
+            if lost:
+                go_on_without(run, lost)
 
 
 def make_plan(run: RunDir, recipe: Recipe) -> Plan:
@@ -264,11 +263,12 @@ def _judge(error: Exception | None) -> tuple[Outcome, str, str]:
         return "finished", "", ""
     if isinstance(error, WorkerGroupError):
         causes = {rank: _cause(failure) for rank, failure in sorted(error.worker_failures.items())}
-        for rank, cause in causes.items():
+        for cause in causes.values():
             if isinstance(cause, ShardLost):
                 return "shard_lost", cause.message, cause.shard
             if isinstance(cause, UserError):
                 return "user_error", cause.message, ""
+        for rank, cause in causes.items():
             if isinstance(cause, RayActorError):
                 return "worker_lost", f"rank {rank}: {_first_line(str(cause))}", ""
         for rank, cause in causes.items():

@@ -114,7 +114,7 @@ def _blocks(corpus: str, schedule: Schedule, role: Role, units: Sequence[_Unit])
     from orchestrator.data.transport import Pacing, Units, consumer_waits
 
     quiet_ray_data()
-    context = DataContext.get_current()
+    context = DataContext.get_current().copy()  # others of this process have their own
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ExecutionResources(object_store_memory=AHEAD_BYTES)
     context.execution_options.label_selector = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
@@ -123,9 +123,10 @@ def _blocks(corpus: str, schedule: Schedule, role: Role, units: Sequence[_Unit])
     for first in range(0, len(units), EXECUTION_UNITS):
         steps = [unit.steps for unit in units[first : first + EXECUTION_UNITS]]
         # No CPU is asked for: a recipe may give every CPU to its workers, and these tasks read a memory map.
-        dataset = ray.data.read_datasource(
-            Units(corpus, schedule, role, steps), override_num_blocks=len(steps), num_cpus=0, concurrency=2
-        )
+        with DataContext.current(context):
+            dataset = ray.data.read_datasource(
+                Units(corpus, schedule, role, steps), override_num_blocks=len(steps), num_cpus=0, concurrency=2
+            )
         blocks = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
         for _ in steps:
             with consumer_waits():

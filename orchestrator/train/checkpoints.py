@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import storage
-from orchestrator.errors import RunFailed, StorageError
+from orchestrator.errors import RunFailed, StorageError, UserError
 
 COMMITTED = "COMMITTED"
+FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class Position:
 class Commit:
     """The content of COMMITTED."""
 
-    format: int = 2
+    format: int = FORMAT
     attempt: int
     parent: int | None
     """Step of the checkpoint that the attempt began from."""
@@ -80,9 +81,15 @@ def read_commit(checkpoints: str, step: int) -> Commit:
     """
     Raises:
         StorageError: COMMITTED cannot be read.
+        UserError: another version of Terrane wrote it.
     """
     uri = storage.join(step_directory(checkpoints, step), COMMITTED)
     values = storage.read_json(uri)
+    if values.get("format") != FORMAT:
+        raise UserError(
+            f"{uri} has format {values.get('format')}, and this version of Terrane reads {FORMAT}",
+            "go on with the version that began the run, or begin anew with --start-over",
+        )
     try:
         return Commit(**{**values, "position": Position(**values["position"])})
     except (TypeError, KeyError) as error:

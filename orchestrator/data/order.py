@@ -58,9 +58,9 @@ class Order:
     """Positions in the order go to pools by the weights of their stage, evenly spread.
 
     Every pool is drawn in epochs, each a permutation of its own, joined across stages: within a pool no sample is
-    dropped or repeated at a seam. An epoch is shuffled with locality: its blocks of neighbouring samples are permuted,
-    and the samples of each `window` blocks in a row are permuted among themselves. So a stretch of training reads
-    few shards, each in one go.
+    dropped or repeated at a seam. An epoch is shuffled with locality: blocks of neighbouring samples are drawn from all
+    parts of the pool in turn, and the samples of each `window` blocks in a row are permuted among themselves. So a
+    stretch of training reads few shards, each in one go, and still holds all parts of the pool alike.
     """
 
     pools: tuple[Pool, ...]
@@ -208,30 +208,61 @@ def _pattern(weights: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray, np.nda
 def shuffled(offsets: np.ndarray, size: int, block: int, window: int, seed: tuple[int, ...]) -> np.ndarray:
     """Where an epoch's shuffle with locality puts each offset, int64 below size.
 
-    The last block may be short. It takes a place among the others as the permutation of blocks says, and the window
-    that it falls into is short by as much.
+    The last block may be short. It stands among the others where its turn comes, and the window that it falls into is
+    short by as much.
     """
     blocks = -(-size // block)
     short = blocks * block - size
-    place = _place_of(blocks - 1, blocks, (*seed, 0))
-    begins = _starts(np.arange(place // window, place // window + 2) * window * block, size, block, short, place)
-    # Windows up to the short one begin at multiples of their span, those after it `short` samples earlier.
-    windows = np.where(offsets < begins[1], offsets, offsets + short) // (window * block)
+    place = _place_of_block(blocks - 1, blocks, window, seed)
+    span = window * block
+
+    def begins(index: np.ndarray | int) -> np.ndarray:
+        """The first offset of a window: those after the short one begin that much earlier."""
+        found: np.ndarray = np.minimum(index * np.int64(span) - short * (np.asarray(index) > place // window), size)
+        return found
+
+    windows = np.where(offsets < begins(place // window + 1), offsets, offsets + short) // span
     mixed = np.empty_like(offsets)
     for index in np.unique(windows):
-        here = windows == index
-        first, end = _starts(np.array([index, index + 1]) * window * block, size, block, short, place)
-        mixed[here] = first + permute(offsets[here] - first, int(end - first), (*seed, 1, int(index)))
+        here, first = windows == index, begins(index)
+        mixed[here] = first + permute(offsets[here] - first, int(begins(index + 1) - first), (*seed, 1, int(index)))
     after = mixed >= place * block + block - short
     places, within = np.divmod(mixed + short * after, block)
-    found: np.ndarray = permute(places, blocks, (*seed, 0)) * block + within
+    found: np.ndarray = _block_at(places, blocks, window, seed) * block + within
     return found
 
 
-def _starts(starts: np.ndarray, size: int, block: int, short: int, place: int) -> np.ndarray:
-    """Where stretches of blocks begin, given where they would if the block at `place` were whole."""
-    found: np.ndarray = np.minimum(starts - short * (starts > place * block), size)
+def _block_at(places: np.ndarray, blocks: int, window: int, seed: tuple[int, ...]) -> np.ndarray:
+    """The block at each place of an epoch. The blocks are cut into as many strata as a window has places, and every
+    window takes one of each: so it holds all parts of the corpus alike."""
+    whole, rest = divmod(blocks, window)
+    turns, strata = np.divmod(places, window)
+    if rest:  # the last window takes from the strata that have a block more
+        strata = np.where(turns == whole, ((strata + 1) * window - 1) // rest, strata)
+    firsts = strata * blocks // window
+    sizes = (strata + 1) * blocks // window - firsts
+    found = np.empty_like(places)
+    for size in np.unique(sizes):
+        here = sizes == size
+        turned = (turns[here] + _shifts(strata[here], seed)) % size
+        found[here] = firsts[here] + permute(turned, int(size), (*seed, 0))
     return found
+
+
+def _place_of_block(number: int, blocks: int, window: int, seed: tuple[int, ...]) -> int:
+    """Where `_block_at` puts a block."""
+    whole, rest = divmod(blocks, window)
+    stratum = ((number + 1) * window - 1) // blocks
+    first = stratum * blocks // window
+    size = (stratum + 1) * blocks // window - first
+    turned = _place_of(number - first, size, (*seed, 0))
+    turn = (turned - int(_shifts(np.array([stratum]), seed)[0])) % size
+    return whole * window + stratum * rest // window if turn == whole else turn * window + stratum
+
+
+def _shifts(strata: np.ndarray, seed: tuple[int, ...]) -> np.ndarray:
+    """How far each stratum is ahead of the others in its permutation, int64, 31 bits."""
+    return (mix(strata.astype(np.uint64) ^ _round_keys((*seed, 2))[0]) >> np.uint64(33)).astype(np.int64)
 
 
 def permute(values: np.ndarray, size: int, seed: tuple[int, ...]) -> np.ndarray:

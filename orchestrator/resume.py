@@ -46,9 +46,10 @@ def check_past(run: RunDir, recipe: Recipe) -> None:
     before = commit.position.past
     found = changes(before, schedule(manifest, recipe).past(commit.step))
     if found:
+        ways = [way for key in found if (way := _way_on(key, before, manifest, commit.step))]
         raise UserError(
-            f"{run.uri} is at step {commit.step}, and what its steps consumed would change: {'; '.join(found)}",
-            f"{_how_to_change(before, manifest)}take it back, or begin anew with --start-over",
+            f"{run.uri} is at step {commit.step}, and what it has trained on would change: {'; '.join(found.values())}",
+            "; ".join([*ways, "or take it back, or begin anew with --start-over"]).removeprefix("or "),
         )
 
 
@@ -59,14 +60,15 @@ def _newest_readable(run: RunDir) -> Commit | None:
     return None
 
 
-def _how_to_change(before: dict[str, Any], manifest: Manifest) -> str:
-    """The recipe lines that keep the past as it was."""
-    ramp = ", ".join(f"{{steps: {steps}, sequences: {size}}}" for steps, size in before["batches"])
-    tokens = sum(samples for samples, _ in before["mixture"]) * manifest.sequence_length
-    return (
-        f"to change the batch from here on keep train.batch_ramp: [{ramp}] before it, "
-        f"and the mixture its first {tokens} tokens; else "
-    )
+def _way_on(key: str, past: dict[str, Any], manifest: Manifest, step: int) -> str:
+    """How to change a value for the steps to come only."""
+    if key == "batches":
+        ramp = ", ".join(f"{{steps: {steps}, sequences: {size}}}" for steps, size in past["batches"])
+        return f"for another batch from here on write train.batch_ramp: [{ramp}] beside it"
+    if key == "mixture":
+        tokens = sum(samples for samples, _ in past["mixture"]) * manifest.sequence_length
+        return f"for another mixture from here on let it begin as it was, for {tokens} tokens"
+    return f"steps up to {step} can no longer be skipped, nor trained again" if key == "skipped" else ""
 
 
 def data_schedule(run: RunDir, recipe: Recipe, manifest: Manifest) -> Schedule:

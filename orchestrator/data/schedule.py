@@ -135,20 +135,21 @@ def _largest(batch_size: int, shares: tuple[int, ...]) -> int:
     return max(end - first for first, end in bounds)
 
 
-def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """What differs between two pasts, in words a user knows."""
-    found = []
-    for key, name in _NAMES.items():
-        if before[key] != after[key]:
-            found.append(f"{name} was {_short(before[key])}, is {_short(after[key])}")
-    return found
+def changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, str]:
+    """What differs between two pasts, by its key there, in words a user knows."""
+    found = {
+        key: f"{name} was {_short(before[key])}, is {_short(after[key])}"
+        for key, name in _NAMES.items()
+        if before[key] != after[key]
+    }
+    return {"corpus": found["corpus"]} if "corpus" in found else found  # the rest follows from it
 
 
 _NAMES = {
     "corpus": "the corpus",
     "seed": "train.seed",
-    "batches": "train.global_batch_size, as [steps, sequences],",
-    "mixture": "corpus.mixture, as [samples, shares in 1/10000],",
+    "batches": "the global batch, as [steps, sequences],",
+    "mixture": "the mixture, as [samples, shares in 1/10000],",
     "skipped": "train.skip_steps",
     "pools": "the samples of the sources",
     "shuffle": "the shuffle",

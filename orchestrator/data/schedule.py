@@ -142,7 +142,10 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, str]:
         for key, name in _NAMES.items()
         if before[key] != after[key]
     }
-    return {"corpus": found["corpus"]} if "corpus" in found else found  # the rest follows from it
+    for cause, consequences in {"corpus": ("pools", "mixture", "batches"), "batches": ("mixture",)}.items():
+        if cause in found:
+            found = {key: text for key, text in found.items() if key not in consequences}
+    return found
 
 
 _NAMES = {

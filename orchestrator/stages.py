@@ -51,10 +51,9 @@ def run_recipe(
     """
     console = console or Console()
     files = check_inputs(recipe)
-    run = open_run(recipe, source, start_over)
+    run = open_run(recipe, source, start_over, resume.check_past)
     if start_over:
         resume.start_over(run)
-    resume.check_past(run, recipe)
     log.info("run %s; look inside with: terrane status %s", run.uri, run.uri)
     for fault in recipe.faults:
         log.info("this recipe injects a failure on purpose: %s, rank %d at step %d", fault.kind, fault.rank, fault.step)

@@ -13,8 +13,8 @@ from orchestrator.data import inspection
 from orchestrator.data.encoding import end_of_document
 from orchestrator.data.exclusions import Exclusions, LostShard, Run
 from orchestrator.data.manifest import Manifest, load_manifest, schedule
-from orchestrator.data.schedule import Schedule, changes
-from orchestrator.errors import ShardLost, UserError
+from orchestrator.data.schedule import Schedule, changes, differs
+from orchestrator.errors import RunFailed, ShardLost, UserError
 from orchestrator.runs import RunDir
 from orchestrator.train import checkpoints
 from orchestrator.train.checkpoints import Commit
@@ -42,22 +42,35 @@ def check_past(run: RunDir, recipe: Recipe) -> None:
     if manifest is None or not steps:
         return
     before = checkpoints.read_commit(run.checkpoints, steps[-1]).position.past
-    found = changes(before, schedule(manifest, recipe).past(steps[-1]))
+    after = schedule(manifest, recipe).past(steps[-1])
+    found = changes(before, after)
     if found:
+        kept = _kept(before, after, recipe, manifest)
+        change = f"to change only what comes, begin with {' and '.join(kept)}; else " if kept else ""
         raise UserError(
             f"{run.uri} is at step {steps[-1]}, and what its steps consumed would change: {'; '.join(found)}",
-            f"{_how_to_change(before, manifest)}take it back, or begin anew with --start-over",
+            f"{change}take it back, or begin anew with --start-over",
         )
 
 
-def _how_to_change(before: dict[str, Any], manifest: Manifest) -> str:
-    """The recipe lines that keep the past as it was."""
-    ramp = ", ".join(f"{{steps: {steps}, sequences: {size}}}" for steps, size in before["batches"])
-    tokens = sum(samples for samples, _ in before["mixture"]) * manifest.sequence_length
-    return (
-        f"to change the batch from here on keep train.batch_ramp: [{ramp}] before it, "
-        f"and the mixture its first {tokens} tokens; else "
-    )
+def _kept(before: dict[str, Any], after: dict[str, Any], recipe: Recipe, manifest: Manifest) -> list[str]:
+    """The recipe lines that keep the past as it was, of what may change after it."""
+    kept = []
+    if differs("batches", before, after):
+        ramp = ", ".join(f"{{steps: {steps}, sequences: {size}}}" for steps, size in before["batches"])
+        kept.append(f"train.batch_ramp: [{ramp}]")
+    if differs("mixture", before, after) and before["pools"] == after["pools"]:
+        names = [source.name for source in recipe.corpus.sources]
+        stages = ", ".join(
+            f"{{tokens: {samples * manifest.sequence_length}, weights: {{{_weights(names, shares)}}}}}"
+            for samples, shares in before["mixture"]
+        )
+        kept.append(f"corpus.mixture: [{stages}]")
+    return kept
+
+
+def _weights(names: list[str], shares: list[int]) -> str:
+    return ", ".join(f"{name}: {share / sum(shares)}" for name, share in zip(names, shares, strict=True) if share)
 
 
 def data_schedule(run: RunDir, recipe: Recipe, manifest: Manifest) -> Schedule:
@@ -71,10 +84,10 @@ def data_schedule(run: RunDir, recipe: Recipe, manifest: Manifest) -> Schedule:
 
 def record_schedule(run: RunDir, attempt: int, chosen: Schedule, shares: tuple[int, ...], resume_step: int) -> None:
     """Keep what an attempt's steps consume, and who takes what; a change since the attempt before is an event."""
-    values = chosen.as_json()
-    before = run.last_schedule()
+    values, last = chosen.as_json(), run.last_schedule()
+    before = Schedule.from_json(last).as_json() if last else values
     run.write_json(run.schedule(attempt), {"from_step": resume_step + 1, "shares": shares, **values})
-    if before and (changed := sorted(key for key in values if values[key] != before.get(key))):
+    if changed := sorted(key for key in values if values[key] != before[key]):
         run.log_event("schedule_changed", attempt=attempt, from_step=resume_step + 1, changed=changed)
         log.info("attempt %d: data schedule changed from step %d on: %s", attempt, resume_step + 1, ", ".join(changed))
 
@@ -98,8 +111,10 @@ def take_back(run: RunDir, manifest: Manifest) -> None:
     """Shards that were lost and are whole again count from here on."""
     lost, still = lost_shards(run), []
     reader = manifest.reader(run.corpus, "train")
+    sizes = {shard.name: shard.bytes for shard in manifest.shards("train")}
     for shard in lost:
         try:
+            _look_at(storage.join(run.corpus, shard.name), sizes[shard.name])
             reader.take(np.array([shard.first]))
             log.info("corpus: shard %s is whole again", shard.name)
             run.log_event("shard_restored", shard=shard.name)
@@ -107,6 +122,38 @@ def take_back(run: RunDir, manifest: Manifest) -> None:
             still.append(shard)
     if still != lost:
         run.write_json(run.lost_shards, [vars(shard) for shard in still])
+
+
+def _look_at(uri: str, size: int) -> None:
+    """See that a shard is stored: this node may hold it in its cache when it is nowhere else."""
+    try:
+        if storage.size(uri) == size:
+            return
+    except FileNotFoundError:
+        pass
+    raise ShardLost(f"shard {uri} is missing or cut short")
+
+
+def check_lost_shards(run: RunDir, recipe: Recipe) -> None:
+    """See that no more shards are lost than may be.
+
+    Raises:
+        RunFailed: there are; names them.
+    """
+    lost, allowed = lost_shards(run), recipe.train.max_lost_shards
+    if len(lost) > allowed:
+        which = "; ".join(s.reason if s.name in s.reason else f"{s.name} {s.reason}" for s in lost)
+        raise RunFailed(f"lost shards: {len(lost)} of {allowed} that may be: {which}", lost_shards_hint(run))
+
+
+def lost_shards_hint(run: RunDir) -> str:
+    """What to do when more shards are lost than may be."""
+    lost, steps = len(lost_shards(run)), checkpoints.committed_steps(run.checkpoints)
+    them = "it" if lost == 1 else "them"
+    return (
+        f"restore {them} and run the same command, or let training go on without {them} "
+        f"(train.max_lost_shards={lost}); the state of step {max(steps, default=0)} is committed"
+    )
 
 
 def lost_shards(run: RunDir) -> list[LostShard]:

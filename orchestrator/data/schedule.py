@@ -139,8 +139,27 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """What differs between two pasts, in words a user knows."""
     found = []
     for key, name in _NAMES.items():
-        if before[key] != after[key]:
+        if differs(key, before, after):
             found.append(f"{name} was {_short(before[key])}, is {_short(after[key])}")
+    return found
+
+
+def differs(key: str, before: dict[str, Any], after: dict[str, Any]) -> bool:
+    """Whether a value of two pasts differs. Of mixtures, as far as both go: with other batches one goes further."""
+    one, other = before[key], after[key]
+    if key == "mixture":
+        drawn = min(sum(samples for samples, _ in mixture) for mixture in (one, other))
+        one, other = _first(one, drawn), _first(other, drawn)
+    return bool(one != other)
+
+
+def _first(mixture: list[list[Any]], samples: int) -> list[list[Any]]:
+    """As much of a mixture as draws so many samples."""
+    found = []
+    for drawn, shares in mixture:
+        if samples > 0:
+            found.append([min(drawn, samples), shares])
+        samples -= drawn
     return found
 
 

@@ -181,11 +181,13 @@ class RunDir:
         names = storage.list_files(self.path("events"))
         return [json.loads(storage.read(self.path("events", name))) for name in names]
 
-    def metric_lines(self) -> list[dict[str, Any]]:
-        """All step records of all attempts, in attempt and then step order, each with its `attempt`."""
+    def metric_lines(self, only: int | None = None) -> list[dict[str, Any]]:
+        """All step records of all attempts, or of one, in attempt and then step order, each with its `attempt`."""
         lines = []
         for name in storage.list_files(self.path("metrics")):
             attempt = int(name.removeprefix("attempt-").removesuffix(".jsonl"))
+            if only not in (None, attempt):
+                continue
             whole, _, _ = storage.read(self.path("metrics", name)).decode().rpartition("\n")  # not a line half written
             for text in whole.splitlines():
                 lines.append({"attempt": attempt, **json.loads(text)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import Any
 
@@ -14,10 +15,10 @@ from orchestrator.data.encoding import end_of_document
 from orchestrator.data.exclusions import Exclusions, LostShard, Run
 from orchestrator.data.manifest import Manifest, load_manifest, schedule
 from orchestrator.data.schedule import Schedule, changes, differs
-from orchestrator.errors import RunFailed, ShardLost, UserError
+from orchestrator.errors import RunFailed, ShardLost, StorageError, UserError
 from orchestrator.runs import RunDir
 from orchestrator.train import checkpoints
-from orchestrator.train.checkpoints import Commit
+from orchestrator.train.checkpoints import Commit, Position
 
 log = logging.getLogger(__name__)
 
@@ -38,19 +39,26 @@ def check_past(run: RunDir, recipe: Recipe) -> None:
     Raises:
         UserError: it does not; says what differs, and how to change only what comes.
     """
-    manifest, steps = load_manifest(run.corpus), checkpoints.committed_steps(run.checkpoints)
-    if manifest is None or not steps:
+    manifest, position = load_manifest(run.corpus), _position(run)
+    if manifest is None or position is None:
         return
-    before = checkpoints.read_commit(run.checkpoints, steps[-1]).position.past
-    after = schedule(manifest, recipe).past(steps[-1])
+    before, after = position.past, schedule(manifest, recipe).past(position.step)
     found = changes(before, after)
     if found:
         kept = _kept(before, after, recipe, manifest)
         change = f"to change only what comes, begin with {' and '.join(kept)}; else " if kept else ""
         raise UserError(
-            f"{run.uri} is at step {steps[-1]}, and what its steps consumed would change: {'; '.join(found)}",
+            f"{run.uri} is at step {position.step}, and what its steps consumed would change: {'; '.join(found)}",
             f"{change}take it back, or begin anew with --start-over",
         )
+
+
+def _position(run: RunDir) -> Position | None:
+    """Of the newest commit that can be read; one that cannot is set aside later, with those of damaged files."""
+    for step in reversed(checkpoints.committed_steps(run.checkpoints)):
+        with contextlib.suppress(StorageError):
+            return checkpoints.read_commit(run.checkpoints, step).position
+    return None
 
 
 def _kept(before: dict[str, Any], after: dict[str, Any], recipe: Recipe, manifest: Manifest) -> list[str]:

@@ -92,6 +92,18 @@ def test_before_the_first_checkpoint_anything_goes(run: RunDir) -> None:
     resume.check_past(run, recipe(root_of(run), seed=5))
 
 
+def test_a_commit_that_cannot_be_read_stops_nothing(run: RunDir) -> None:
+    """It is set aside when training resumes; what the one before holds is held to meanwhile."""
+    train(run, recipe(root_of(run)), 1, 8)
+    train(run, recipe(root_of(run)), 9, 12)
+    storage.write(storage.join(checkpoints.step_directory(run.checkpoints, 12), checkpoints.COMMITTED), b'{"for')
+    resume.check_past(run, recipe(root_of(run)))
+    refusal(run, recipe(root_of(run), global_batch_size=5))
+    found = resume.resume_point(run)
+    assert found is not None
+    assert found.step == 8
+
+
 def test_the_lines_of_the_hint_are_a_recipe_that_is_accepted(tmp_path: Path, tokenizer: Path) -> None:
     """Copied as they stand, with what is to come after them."""
     before = {

@@ -220,9 +220,8 @@ def open_run(
     Raises:
         UserError: the storage cannot be written, or the run was begun with other values.
     """
-    root = storage.absolute(recipe.storage)
-    storage.check_writable(root)
-    run = RunDir(storage.join(root, recipe.name))
+    storage.check_writable(storage.absolute(recipe.storage))
+    run = run_of(recipe)
     values = recipe.model_dump(mode="json")
     before = run.read_json(run.resolved)
     begun = storage.exists(run.corpus_manifest) or bool(run.attempts())
@@ -240,6 +239,11 @@ def open_run(
     if source is not None:
         storage.write(run.path("recipe.yaml"), source.encode())
     return run
+
+
+def run_of(recipe: Recipe) -> RunDir:
+    """Where the run of a recipe is, or would be."""
+    return RunDir(storage.join(storage.absolute(recipe.storage), recipe.name))
 
 
 def find_run(location: str) -> RunDir:

@@ -149,14 +149,13 @@ def plan(recipe: RecipePath, overrides: Overrides = None, address: Address = Non
 
     from orchestrator import cluster, supervisor
     from orchestrator.config import load_recipe
-    from orchestrator.runs import RunDir
+    from orchestrator.runs import run_of
     from orchestrator.stages import check_inputs
-    from orchestrator.storage import absolute, join
 
     loaded = load_recipe(recipe, overrides or [])
     check_inputs(loaded)
     with cluster.connection(address):
-        found = supervisor.make_plan(RunDir(join(absolute(loaded.storage), loaded.name)), loaded)
+        found = supervisor.make_plan(run_of(loaded), loaded)
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=2))
         return

@@ -6,16 +6,18 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from orchestrator import storage
+from orchestrator import resume, storage
 from orchestrator.config import Recipe
 from orchestrator.data import inspection
-from orchestrator.data.manifest import Manifest, load_manifest, schedule
+from orchestrator.data.manifest import Manifest, load_manifest
 from orchestrator.data.order import slice_of
 from orchestrator.data.schedule import Schedule
 from orchestrator.errors import UserError
 from orchestrator.runs import RunDir
+from orchestrator.train.checkpoints import committed_steps
 
 BAR = 40
+_TRACE_HINT = "give STEP, STEP:RANK or STEP:RANK:SLOT"
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,9 @@ def trace(corpus: Corpus, what: str) -> list[dict[str, Any]]:
     try:
         numbers = [int(part) for part in what.split(":")]
     except ValueError:
-        raise UserError(f"--trace {what} is no number", "give STEP, STEP:RANK or STEP:RANK:SLOT") from None
+        raise UserError(f"--trace {what} is no number", _TRACE_HINT) from None
+    if len(numbers) > 3:
+        raise UserError(f"--trace {what} has too many parts", _TRACE_HINT)
     if corpus.recipe is None:
         seen = _Consumed(numbers, [{}], frozenset())
         if len(numbers) > 1:
@@ -183,27 +187,51 @@ def _consumed(corpus: Corpus, recipe: Recipe, what: str, numbers: list[int]) -> 
     step, steps = numbers[0], recipe.train.steps
     if not 1 <= step <= steps:
         raise UserError(f"--trace {what}: the run's steps go from 1 to {steps}")
-    record = RunDir(corpus.uri.rpartition("/")[0]).last_schedule(step)
-    chosen = Schedule.from_json(record) if record else schedule(corpus.manifest, recipe)
+    run = RunDir(corpus.uri.rpartition("/")[0])
+    record = _record(run, step)
+    chosen = Schedule.from_json(record) if record else resume.data_schedule(run, recipe, corpus.manifest)
     if chosen.corpus_hash != corpus.manifest.hash:
         raise UserError(f"--trace {what}: the corpus has changed since the step was trained", "put it back")
     if chosen.skips(step):
         raise UserError(f"--trace {what}: step {step} is passed over (train.skip_steps)")
     shares = tuple(record["shares"]) if record else ()
+    _check_place(what, numbers, chosen.order.batch_size(step), shares)
     ids = chosen.order.step(step)
     lost = chosen.exclusions.lost_samples(ids)
     facts = [
         {"step": step, "attempt": record and record["attempt"], "rank": rank, "slot": slot, "excluded": bool(gone)}
         for (rank, slot), gone in zip(_slots(len(ids), shares), lost, strict=True)
     ]
-    if len(numbers) > 1 and not 0 <= numbers[1] < len(shares):
-        raise UserError(f"--trace {what}: the ranks of the step go from 0 to {len(shares) - 1}")
     keep = [
         place for place, fact in enumerate(facts) if [fact["rank"], fact["slot"]][: len(numbers) - 1] == numbers[1:]
     ]
-    if not keep:
-        raise UserError(f"--trace {what}: the rank has no such slot in this step")
     return _Consumed(ids[keep].tolist(), [facts[place] for place in keep], frozenset(chosen.exclusions.quarantined))
+
+
+def _record(run: RunDir, step: int) -> dict[str, Any] | None:
+    """What the attempt that did a step was to consume; None where none has come to the step."""
+    found = run.last_schedule(step)
+    done = committed_steps(run.checkpoints)
+    if found is None or (done and step <= done[-1]):
+        return found
+    came_to = max((line["step"] for line in run.metric_lines(found["attempt"])), default=0)
+    return found if step <= came_to else None
+
+
+def _check_place(what: str, numbers: list[int], sequences: int, shares: tuple[int, ...]) -> None:
+    """See that a step has the rank, and the rank the slot, that `STEP:RANK:SLOT` names."""
+    if len(numbers) == 1:
+        return
+    step, rank, *slot = numbers
+    if not shares:
+        raise UserError(f"--trace {what}: no attempt has come to step {step}, so it has no ranks", f"--trace {step}")
+    if not 0 <= rank < len(shares):
+        raise UserError(f"--trace {what}: the ranks of the step go from 0 to {len(shares) - 1}")
+    first, end = slice_of(sequences, rank, shares)
+    if first == end:
+        raise UserError(f"--trace {what}: rank {rank} has no sequence in step {step}")
+    if slot and not 0 <= slot[0] < end - first:
+        raise UserError(f"--trace {what}: the slots of the rank go from 0 to {end - first - 1}")
 
 
 def _slots(sequences: int, shares: tuple[int, ...]) -> list[tuple[int | None, int]]:

@@ -39,6 +39,7 @@ def attempt_rows(events: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[
         if event.get("attempt") is not None:
             facts.setdefault(event["attempt"], {})[event["event"]] = event
     recoveries = _recoveries(events, metrics)
+    anew = [event["last_attempt"] for event in events if event["event"] == "started_over"]
     rows: list[AttemptRow] = []
     for number in sorted(facts.keys() | {line["attempt"] for line in metrics}):
         known = facts.get(number, {})
@@ -51,7 +52,9 @@ def attempt_rows(events: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[
             first_step=first,
             last_step=last,
             outcome=known.get("attempt_ended", {}).get("outcome"),
-            steps_repeated=_overlap(first, last, rows),
+            steps_repeated=_overlap(
+                first, last, [row for row in rows if not any(row.number <= a < number for a in anew)]
+            ),
             recovery_s=recoveries.get(number),
         )
         rows.append(row)

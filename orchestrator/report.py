@@ -66,7 +66,8 @@ def _load(run: RunDir) -> Content:
     resolved = run.read_json(run.resolved) or {}
     folder = run.evaluation(0).rpartition("/")[0]
     results = [storage.join(folder, name) for name in storage.list_files(folder) if name.endswith(".json")]
-    by_step = {line["step"]: line for line in metrics}
+    after = run.last_before_start_over()
+    by_step = {line["step"]: line for line in metrics if line["attempt"] > after}
     return Content(
         recipe=flatten(resolved.get("recipe") or {}),
         versions=resolved.get("versions") or {},

@@ -14,12 +14,11 @@ from orchestrator.data import inspection
 from orchestrator.data.encoding import end_of_document
 from orchestrator.data.exclusions import Exclusions, LostShard, Run
 from orchestrator.data.manifest import Manifest, load_manifest, schedule
-from orchestrator.data.schedule import Schedule, changes
-from orchestrator.data.shard_cache import LOST_HINT
-from orchestrator.errors import ShardLost, StorageError, UserError
+from orchestrator.data.schedule import Schedule, changes, differs
+from orchestrator.errors import RunFailed, ShardLost, StorageError, UserError
 from orchestrator.runs import RunDir
 from orchestrator.train import checkpoints
-from orchestrator.train.checkpoints import Commit
+from orchestrator.train.checkpoints import Commit, Position
 
 log = logging.getLogger(__name__)
 
@@ -40,58 +39,69 @@ def check_past(run: RunDir, recipe: Recipe) -> None:
     Raises:
         UserError: it does not; says what differs, and how to change only what comes.
     """
-    manifest, commit = load_manifest(run.corpus), _newest_readable(run)
-    if manifest is None or commit is None:
+    manifest, position = load_manifest(run.corpus), _position(run)
+    if manifest is None or position is None:
         return
-    before = commit.position.past
-    found = changes(before, schedule(manifest, recipe).past(commit.step))
+    before, after = position.past, schedule(manifest, recipe).past(position.step)
+    found = changes(before, after)
     if found:
-        ways = [way for key in found if (way := _way_on(key, before, manifest, commit.step))]
+        kept = _kept(before, after, recipe, manifest)
+        change = f"to change only what comes, begin with {' and '.join(kept)}; else " if kept else ""
         raise UserError(
-            f"{run.uri} is at step {commit.step}, and what it has trained on would change: {'; '.join(found.values())}",
-            "; ".join([*ways, "or take it back, or begin anew with --start-over"]).removeprefix("or "),
+            f"{run.uri} is at step {position.step}, and what its steps consumed would change: {'; '.join(found)}",
+            f"{change}take it back, or begin anew with --start-over",
         )
 
 
-def _newest_readable(run: RunDir) -> Commit | None:
+def _position(run: RunDir) -> Position | None:
+    """Of the newest commit that can be read; one that cannot is set aside later, with those of damaged files."""
     for step in reversed(checkpoints.committed_steps(run.checkpoints)):
-        with contextlib.suppress(StorageError):  # damaged: it is set aside when training resumes
-            return checkpoints.read_commit(run.checkpoints, step)
+        with contextlib.suppress(StorageError):
+            return checkpoints.read_commit(run.checkpoints, step).position
     return None
 
 
-def _way_on(key: str, past: dict[str, Any], manifest: Manifest, step: int) -> str:
-    """How to change a value for the steps to come only."""
-    if key == "batches":
-        ramp = ", ".join(f"{{steps: {steps}, sequences: {size}}}" for steps, size in past["batches"])
-        return f"for another batch from here on write train.batch_ramp: [{ramp}] beside it"
-    if key == "mixture":
-        tokens = sum(samples for samples, _ in past["mixture"]) * manifest.sequence_length
-        return f"for another mixture from here on let it begin as it was, for {tokens} tokens"
-    return f"steps up to {step} can no longer be skipped, nor trained again" if key == "skipped" else ""
+def _kept(before: dict[str, Any], after: dict[str, Any], recipe: Recipe, manifest: Manifest) -> list[str]:
+    """The recipe lines that keep the past as it was, of what may change after it."""
+    kept = []
+    if differs("batches", before, after):
+        ramp = ", ".join(f"{{steps: {steps}, sequences: {size}}}" for steps, size in before["batches"])
+        kept.append(f"train.batch_ramp: [{ramp}]")
+    if differs("mixture", before, after) and before["pools"] == after["pools"]:
+        names = [source.name for source in recipe.corpus.sources]
+        stages = ", ".join(
+            f"{{tokens: {samples * manifest.sequence_length}, weights: {{{_weights(names, shares)}}}}}"
+            for samples, shares in before["mixture"]
+        )
+        kept.append(f"corpus.mixture: [{stages}]")
+    return kept
+
+
+def _weights(names: list[str], shares: list[int]) -> str:
+    return ", ".join(f"{name}: {share / sum(shares)}" for name, share in zip(names, shares, strict=True) if share)
 
 
 def data_schedule(run: RunDir, recipe: Recipe, manifest: Manifest) -> Schedule:
     """What the steps to come consume, without what the run has lost or quarantined.
 
     Raises:
-        UserError: a quarantined document is not part of the corpus; more shards are lost than may be.
+        UserError: a quarantined document is not part of the corpus.
     """
     return schedule(manifest, recipe, _exclusions(run, recipe, manifest))
 
 
 def record_schedule(run: RunDir, attempt: int, chosen: Schedule, shares: tuple[int, ...], resume_step: int) -> None:
     """Keep what an attempt's steps consume, and who takes what; a change since the attempt before is an event."""
-    values = chosen.as_json()
-    before = run.last_schedule()
+    values, last = chosen.as_json(), run.last_schedule()
+    before = Schedule.from_json(last).as_json() if last else values
     run.write_json(run.schedule(attempt), {"from_step": resume_step + 1, "shares": shares, **values})
-    if before and (changed := sorted(key for key in values if values[key] != before.get(key))):
+    if changed := sorted(key for key in values if values[key] != before[key]):
         run.log_event("schedule_changed", attempt=attempt, from_step=resume_step + 1, changed=changed)
         log.info("attempt %d: data schedule changed from step %d on: %s", attempt, resume_step + 1, ", ".join(changed))
 
 
-def find_lost(run: RunDir, manifest: Manifest, shard: str, reason: str) -> list[LostShard]:
-    """The shards lost before, this one, and every other that a listing shows to be missing or cut short."""
+def lose(run: RunDir, manifest: Manifest, shard: str, reason: str) -> list[LostShard]:
+    """Note a shard as lost, and with it every other that a listing shows to be missing or cut short."""
     lost = {found.name: found for found in lost_shards(run)}
     there = {entry.name: entry.bytes for entry in storage.list_entries(storage.join(run.corpus, "shards"))}
     first = 0
@@ -101,21 +111,18 @@ def find_lost(run: RunDir, manifest: Manifest, shard: str, reason: str) -> list[
         if found.name == shard or size != found.bytes:
             lost.setdefault(found.name, LostShard(name=found.name, first=first, samples=found.sequences, reason=why))
         first += found.sequences
+    run.write_json(run.lost_shards, [vars(found) for found in lost.values()])
     return list(lost.values())
-
-
-def go_on_without(run: RunDir, lost: list[LostShard]) -> None:
-    """Exclude shards from the attempts to come."""
-    run.write_json(run.lost_shards, [vars(shard) for shard in lost])
-    run.log_event("shards_lost", shards=[shard.name for shard in lost])
 
 
 def take_back(run: RunDir, manifest: Manifest) -> None:
     """Shards that were lost and are whole again count from here on."""
     lost, still = lost_shards(run), []
     reader = manifest.reader(run.corpus, "train")
+    sizes = {shard.name: shard.bytes for shard in manifest.shards("train")}
     for shard in lost:
         try:
+            _look_at(storage.join(run.corpus, shard.name), sizes[shard.name])
             reader.take(np.array([shard.first]))
             log.info("corpus: shard %s is whole again", shard.name)
             run.log_event("shard_restored", shard=shard.name)
@@ -125,15 +132,44 @@ def take_back(run: RunDir, manifest: Manifest) -> None:
         run.write_json(run.lost_shards, [vars(shard) for shard in still])
 
 
+def _look_at(uri: str, size: int) -> None:
+    """See that a shard is stored: this node may hold it in its cache when it is nowhere else."""
+    try:
+        if storage.size(uri) == size:
+            return
+    except FileNotFoundError:
+        pass
+    raise ShardLost(f"shard {uri} is missing or cut short")
+
+
+def check_lost_shards(run: RunDir, recipe: Recipe) -> None:
+    """See that no more shards are lost than may be.
+
+    Raises:
+        RunFailed: there are; names them.
+    """
+    lost, allowed = lost_shards(run), recipe.train.max_lost_shards
+    if len(lost) > allowed:
+        which = "; ".join(s.reason if s.name in s.reason else f"{s.name} {s.reason}" for s in lost)
+        raise RunFailed(f"lost shards: {len(lost)} of {allowed} that may be: {which}", lost_shards_hint(run))
+
+
+def lost_shards_hint(run: RunDir) -> str:
+    """What to do when more shards are lost than may be."""
+    lost, steps = len(lost_shards(run)), checkpoints.committed_steps(run.checkpoints)
+    them = "it" if lost == 1 else "them"
+    return (
+        f"restore {them} and run the same command, or let training go on without {them} "
+        f"(train.max_lost_shards={lost}); the state of step {max(steps, default=0)} is committed"
+    )
+
+
 def lost_shards(run: RunDir) -> list[LostShard]:
     return [LostShard(**values) for values in run.read_json(run.lost_shards) or []]
 
 
 def _exclusions(run: RunDir, recipe: Recipe, manifest: Manifest) -> Exclusions:
     lost, wanted = lost_shards(run), recipe.train.quarantine
-    if len(lost) > recipe.train.max_lost_shards:
-        names = ", ".join(shard.name for shard in lost)
-        raise UserError(f"{run.uri} goes on without {names}, and train.max_lost_shards is less", LOST_HINT)
     if not lost and not wanted:
         return Exclusions()
     before = run.last_schedule() or {}

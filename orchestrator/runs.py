@@ -13,6 +13,7 @@ import os
 import socket
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,10 +153,11 @@ class RunDir:
 
     def current_attempts(self) -> list[int]:
         """Those since the run was last started over."""
-        after = self._last_before_start_over()
+        after = self.last_before_start_over()
         return [number for number in self.attempts() if number > after]
 
-    def _last_before_start_over(self) -> int:
+    def last_before_start_over(self) -> int:
+        """Number of the last attempt that no longer counts, 0 where all do."""
         names = storage.list_files(self.path("events"))
         marks = [name for name in names if name.endswith("-started_over.json")]
         return int(storage.read_json(self.path("events", marks[-1]))["last_attempt"]) if marks else 0
@@ -179,11 +181,13 @@ class RunDir:
         names = storage.list_files(self.path("events"))
         return [json.loads(storage.read(self.path("events", name))) for name in names]
 
-    def metric_lines(self) -> list[dict[str, Any]]:
-        """All step records of all attempts, in attempt and then step order, each with its `attempt`."""
+    def metric_lines(self, only: int | None = None) -> list[dict[str, Any]]:
+        """All step records of all attempts, or of one, in attempt and then step order, each with its `attempt`."""
         lines = []
         for name in storage.list_files(self.path("metrics")):
             attempt = int(name.removeprefix("attempt-").removesuffix(".jsonl"))
+            if only not in (None, attempt):
+                continue
             whole, _, _ = storage.read(self.path("metrics", name)).decode().rpartition("\n")  # not a line half written
             for text in whole.splitlines():
                 lines.append({"attempt": attempt, **json.loads(text)})
@@ -191,7 +195,7 @@ class RunDir:
 
     def loss_curve(self) -> dict[int, dict[str, Any]]:
         """The record of every step that counts: where attempts overlap, the later one's."""
-        after = self._last_before_start_over()
+        after = self.last_before_start_over()
         return {line["step"]: line for line in self.metric_lines() if line["attempt"] > after}
 
     def claim_fault(self, fault: Fault) -> bool:
@@ -200,19 +204,24 @@ class RunDir:
         return storage.create(self.path("faults", name), _dump({"by": holder()}))
 
 
-def open_run(recipe: Recipe, source: str | None = None, start_over: bool = False) -> RunDir:
+def open_run(
+    recipe: Recipe,
+    source: str | None = None,
+    start_over: bool = False,
+    check: Callable[[RunDir, Recipe], None] = lambda run, recipe: None,
+) -> RunDir:
     """Create the run of a recipe, or find it again.
 
     Args:
         source: the recipe file's text, kept beside the resolved values.
         start_over: what the run has trained is to be set aside, so that any value may change.
+        check: raises for a recipe that does not go with what the run has trained; nothing is written then.
 
     Raises:
         UserError: the storage cannot be written, or the run was begun with other values.
     """
-    root = storage.absolute(recipe.storage)
-    storage.check_writable(root)
-    run = RunDir(storage.join(root, recipe.name))
+    storage.check_writable(storage.absolute(recipe.storage))
+    run = run_of(recipe)
     values = recipe.model_dump(mode="json")
     before = run.read_json(run.resolved)
     begun = storage.exists(run.corpus_manifest) or bool(run.attempts())
@@ -223,11 +232,18 @@ def open_run(recipe: Recipe, source: str | None = None, start_over: bool = False
                 f"{run.uri} was begun with another recipe: {'; '.join(changes)}",
                 "take the values back, give the run another name (name=...), or begin anew with --start-over",
             )
+    if not start_over:
+        check(run, recipe)
     if before is None or before["recipe"] != values:
         run.write_json(run.resolved, {"recipe": values, "versions": _versions()})
     if source is not None:
         storage.write(run.path("recipe.yaml"), source.encode())
     return run
+
+
+def run_of(recipe: Recipe) -> RunDir:
+    """Where the run of a recipe is, or would be."""
+    return RunDir(storage.join(storage.absolute(recipe.storage), recipe.name))
 
 
 def find_run(location: str) -> RunDir:

@@ -21,7 +21,7 @@ from orchestrator.data.sources import SourceFile, list_sources
 from orchestrator.data.tokenizer import check_directory
 from orchestrator.errors import RunFailed, UserError
 from orchestrator.planning.shape import check_model_directory
-from orchestrator.runs import RunDir, open_run
+from orchestrator.runs import RunDir, open_run, run_of
 from orchestrator.train import checkpoints
 
 log = logging.getLogger(__name__)
@@ -51,16 +51,19 @@ def run_recipe(
     """
     console = console or Console()
     files = check_inputs(recipe)
-    run = open_run(recipe, source, start_over)
-    if start_over:
-        resume.start_over(run)
-    resume.check_past(run, recipe)
-    log.info("run %s; look inside with: terrane status %s", run.uri, run.uri)
-    for fault in recipe.faults:
-        log.info("this recipe injects a failure on purpose: %s, rank %d at step %d", fault.kind, fault.rank, fault.step)
+    run = run_of(recipe)
     with ExitStack() as stack:
         stack.callback(console.close)
         session = _Session(run, recipe, files, console, stack, address)
+        if start_over:
+            session.connect()  # a plan that fits nowhere is refused before anything is set aside
+        open_run(recipe, source, start_over, resume.check_past)
+        if start_over:
+            resume.start_over(run)
+        log.info("run %s; look inside with: terrane status %s", run.uri, run.uri)
+        for fault in recipe.faults:
+            what = f"{fault.kind}, rank {fault.rank} at step {fault.step}"
+            log.info("this recipe injects a failure on purpose: %s", what)
         for name in stages:
             done, make = _STAGES[name]
             if done(session):

@@ -16,7 +16,7 @@ def summarize(run: RunDir) -> dict[str, Any]:
     """The state of a run as plain values."""
     events, lines = run.events(), run.metric_lines()
     recipe = run.recipe()
-    last = max(lines, key=lambda line: line["time"]) if lines else None
+    last = max(run.loss_curve().values(), key=lambda line: line["time"], default=None)
     words = {"stage_started": "begun", "stage_finished": "done", "stage_failed": "failed"}
     stages = {event["stage"]: words[event["event"]] for event in events if event["event"] in words}
     failures = [event["message"] for event in events if event["event"] == "stage_failed"]

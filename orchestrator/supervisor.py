@@ -16,16 +16,17 @@ from orchestrator.config import Recipe
 from orchestrator.data import tokenizer
 from orchestrator.data.manifest import load_manifest
 from orchestrator.data.schedule import Schedule
-from orchestrator.data.shard_cache import LOST_HINT
 from orchestrator.errors import Interrupted, RunFailed, ShardLost, UserError
 from orchestrator.failures import Ending, Outcome
 from orchestrator.planning.search import Plan, plan
 from orchestrator.planning.shape import model_shape
 from orchestrator.resume import (
+    check_lost_shards,
     check_past,
     data_schedule,
-    find_lost,
-    go_on_without,
+    lose,
+    lost_shards,
+    lost_shards_hint,
     record_schedule,
     resume_point,
     take_back,
@@ -59,6 +60,7 @@ def supervise(run: RunDir, recipe: Recipe, on_step: Callable[[dict[str, Any]], N
     assert manifest is not None, "training follows the corpus stage"
     check_past(run, recipe)
     take_back(run, manifest)
+    check_lost_shards(run, recipe)
     endings: list[Ending] = []
     while True:
         resume = resume_point(run)
@@ -71,8 +73,11 @@ def supervise(run: RunDir, recipe: Recipe, on_step: Callable[[dict[str, Any]], N
         _announce(run, recipe, attempt, chosen, resume)
         ending = _attempt(run, recipe, chosen, attempt, schedule, resume, on_step)
         endings.append(ending)
-        lost = find_lost(run, manifest, ending.lost_shard, ending.message) if ending.lost_shard else []
-        decision = failures.decide(endings, recipe.train.max_restarts, recipe.train.max_lost_shards - len(lost))
+        if ending.lost_shard:
+            lost = lose(run, manifest, ending.lost_shard, ending.message)
+            run.log_event("shards_lost", attempt=attempt, shards=[shard.name for shard in lost])
+        allowance = recipe.train.max_lost_shards - len(lost_shards(run))
+        decision = failures.decide(endings, recipe.train.max_restarts, allowance)
         run.log_event("attempt_ended", **asdict(ending))
         run.log_event("decided", attempt=attempt, action=decision.action, reason=decision.reason)
         if ending.outcome == "stopped":
@@ -82,12 +87,10 @@ def supervise(run: RunDir, recipe: Recipe, on_step: Callable[[dict[str, Any]], N
         if decision.action == "give_up":
             hint = f"terrane logs {run.uri} shows the workers' last words"
             if ending.lost_shard:
-                hint = f"{LOST_HINT}; the state of step {ending.committed_step} is committed"
+                hint = lost_shards_hint(run)
             raise RunFailed(f"attempt {attempt} ended: {_first_line(ending.message)}; {decision.reason}", hint)
         if decision.action == "restart":
             log.warning("attempt %d: %s", attempt, decision.reason)
-            if lost:
-                go_on_without(run, lost)
 
 
 def make_plan(run: RunDir, recipe: Recipe) -> Plan:

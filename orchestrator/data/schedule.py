@@ -135,24 +135,39 @@ def _largest(batch_size: int, shares: tuple[int, ...]) -> int:
     return max(end - first for first, end in bounds)
 
 
-def changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, str]:
-    """What differs between two pasts, by its key there, in words a user knows."""
-    found = {
-        key: f"{name} was {_short(before[key])}, is {_short(after[key])}"
-        for key, name in _NAMES.items()
-        if before[key] != after[key]
-    }
-    for cause, consequences in {"corpus": ("pools", "mixture", "batches"), "batches": ("mixture",)}.items():
-        if cause in found:
-            found = {key: text for key, text in found.items() if key not in consequences}
+def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """What differs between two pasts, in words a user knows. Of another corpus all else is other, too."""
+    keys = [key for key in _NAMES if differs(key, before, after)]
+    return [
+        f"{_NAMES[key]} was {_short(before[key])}, is {_short(after[key])}"
+        for key in (keys if "corpus" not in keys else ["corpus"])
+    ]
+
+
+def differs(key: str, before: dict[str, Any], after: dict[str, Any]) -> bool:
+    """Whether a value of two pasts differs. Of mixtures, as far as both go: with other batches one goes further."""
+    one, other = before[key], after[key]
+    if key == "mixture":
+        drawn = min(sum(samples for samples, _ in mixture) for mixture in (one, other))
+        one, other = _first(one, drawn), _first(other, drawn)
+    return bool(one != other)
+
+
+def _first(mixture: list[list[Any]], samples: int) -> list[list[Any]]:
+    """As much of a mixture as draws so many samples."""
+    found = []
+    for drawn, shares in mixture:
+        if samples > 0:
+            found.append([min(drawn, samples), shares])
+        samples -= drawn
     return found
 
 
 _NAMES = {
     "corpus": "the corpus",
     "seed": "train.seed",
-    "batches": "the global batch, as [steps, sequences],",
-    "mixture": "the mixture, as [samples, shares in 1/10000],",
+    "batches": "train.global_batch_size, as [steps, sequences],",
+    "mixture": "corpus.mixture, as [samples, shares in 1/10000],",
     "skipped": "train.skip_steps",
     "pools": "the samples of the sources",
     "shuffle": "the shuffle",

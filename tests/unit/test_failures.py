@@ -48,3 +48,15 @@ def test_a_new_checkpoint_starts_the_count_anew() -> None:
 
 def test_none_allowed_means_the_first_failure_is_the_last() -> None:
     assert decide([ending(committed_step=0)], max_restarts=0).action == "give_up"
+
+
+def test_a_lost_shard_is_gone_on_without_as_far_as_that_is_allowed() -> None:
+    """However often: what is lost is known by then, so that no attempt meets it again."""
+    lost = [ending("shard_lost", lost_shard=f"shards/{n}.arrow", resumed_from=20) for n in range(5)]
+    for allowance in (0, 3):
+        decision = decide(lost, max_restarts=0, shard_allowance=allowance)
+        assert decision.action == "restart"
+        assert decision.reason == "goes on without shards/4.arrow: resume at step 20"
+    decision = decide(lost, max_restarts=10, shard_allowance=-1)
+    assert decision.action == "give_up"
+    assert "train.max_lost_shards" in decision.reason

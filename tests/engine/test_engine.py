@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from orchestrator.data.schedule import Role
-from tests.conftest import ROOT
 from tests.engine.cases import CONFIG, SAVED, SCHEDULE, STEPS, UNTRAINED, Case, model, share_of
+from tests.engine.launching import torchrun
 
-RANK = Path(__file__).with_name("rank.py")
 ALIKE = {ranks: (1,) * ranks for ranks in (1, 2, 3, 4)}
 UNLIKE = (2, 1, 1)
 
@@ -25,19 +20,9 @@ Losses = dict[int, tuple[float, float]]
 """(loss, gradient norm) by step."""
 
 
-def torchrun(directory: str, *cases: Case) -> list[dict[str, Any]]:
+def trained(directory: str, *cases: Case) -> list[dict[str, Any]]:
     """What became of each case; all are of one world size, and share the seconds that a start takes."""
-    ranks = len(cases[0].shares)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(RANK)]
-    done = subprocess.run(
-        [*command, directory, json.dumps([asdict(case) for case in cases])],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULTS"))
-    return list(json.loads(line.removeprefix("RESULTS")))
+    return torchrun("rank.py", len(cases[0].shares), directory, json.dumps([asdict(case) for case in cases]))
 
 
 def losses_of(result: dict[str, Any]) -> Losses:
@@ -58,7 +43,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def first_attempts(checkpoints: str) -> list[dict[str, Any]]:
     """Two ranks, ZeRO-2, every step, with two checkpoints; then another attempt at the second of these."""
-    return torchrun(
+    return trained(
         checkpoints,
         Case(shares=ALIKE[2], save=(UNTRAINED, SAVED)),
         Case(shares=ALIKE[2], last=SAVED, save=(SAVED,), attempt=2),
@@ -109,7 +94,7 @@ def test_losses_equal_a_plain_transformers_loop(undisturbed: Losses) -> None:
 def test_resuming_at_the_same_world_size_is_bitwise_equal(checkpoints: str, undisturbed: Losses) -> None:
     """After a step that was passed over, too: Adam's bias correction goes by updates, not by steps."""
     cases = [Case(shares=ALIKE[2], load=step) for step in (SAVED, UNTRAINED)]
-    for case, result in zip(cases, torchrun(checkpoints, *cases), strict=True):
+    for case, result in zip(cases, trained(checkpoints, *cases), strict=True):
         assert losses_of(result) == {step: pair for step, pair in undisturbed.items() if step > case.load}, case
 
 
@@ -132,7 +117,7 @@ def test_resuming_at_the_same_world_size_is_bitwise_equal(checkpoints: str, undi
 )
 def test_every_layout_trains_alike_to_rounding(checkpoints: str, undisturbed: Losses, cases: list[Case]) -> None:
     """From the beginning and from what another layout saved: shares, micro-batches and ZeRO stage are no matter."""
-    for case, result in zip(cases, torchrun(checkpoints, *cases), strict=True):
+    for case, result in zip(cases, trained(checkpoints, *cases), strict=True):
         expected = {step: pair for step, pair in undisturbed.items() if step > case.load}
         assert_alike(losses_of(result), expected, 1e-5, case)
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator.data.schedule import Role, Schedule, Share
-from orchestrator.data.tasks import quiet_ray_data
+from orchestrator.data.tasks import RETRIES, quiet_ray_data
 from orchestrator.errors import RunFailed
 
 UNIT_TOKENS = 2**23
@@ -125,7 +125,11 @@ def _blocks(corpus: str, schedule: Schedule, role: Role, units: Sequence[_Unit])
         # No CPU is asked for: a recipe may give every CPU to its workers, and these tasks read a memory map.
         with DataContext.current(context):
             dataset = ray.data.read_datasource(
-                Units(corpus, schedule, role, steps), override_num_blocks=len(steps), num_cpus=0, concurrency=2
+                Units(corpus, schedule, role, steps),
+                override_num_blocks=len(steps),
+                num_cpus=0,
+                concurrency=2,
+                ray_remote_args={"max_retries": RETRIES},  # without it, one that ends its worker is started for ever
             )
         blocks = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
         for _ in steps:

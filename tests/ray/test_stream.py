@@ -29,6 +29,7 @@ from orchestrator.data.order import Batches, Order, Pool, Stage
 from orchestrator.data.schedule import Role, Schedule, Share
 from orchestrator.data.shard_cache import FOLDER_VARIABLE
 from orchestrator.data.stream import stream
+from orchestrator.data.tasks import RETRIES
 from orchestrator.errors import RunFailed, ShardLost, StorageError
 from tests.ray.consumer import Consumer, Report, hashes
 
@@ -278,6 +279,41 @@ def test_a_lost_reader_is_not_noticed(corpus: Corpus, monkeypatch: pytest.Monkey
     monkeypatch.setattr(transport, "read_unit", killed_once)
     assert_ordered(corpus, corpus.schedule(), (1,), 1, 12, 1)
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_readers_that_are_lost_every_time_end_the_stream(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As where mapped pages cannot be read (SIGBUS), or memory is short."""
+    read = transport.read_unit
+
+    def killed(uri: str, schedule: Schedule, role: Role, steps: range) -> Any:
+        if steps[0] == 3:
+            (tmp_path / str(os.getpid())).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(uri, schedule, role, steps)
+
+    monkeypatch.setattr(transport, "read_unit", killed)
+    with pytest.raises(ray.exceptions.WorkerCrashedError):
+        list(stream(corpus.uri, corpus.schedule(), Role(0, (1,)), 1, 9, 1))
+    assert len(list(tmp_path.iterdir())) == 1 + RETRIES
+
+
+def test_a_stream_keeps_its_settings_of_ray_data_to_itself(corpus: Corpus) -> None:
+    def settings() -> tuple[object, ...]:
+        context = ray.data.DataContext.get_current()
+        return (
+            repr(context.execution_options),
+            context.target_max_block_size,
+            list(context.custom_execution_callback_classes),
+        )
+
+    before = settings()
+    arriving = stream(corpus.uri, corpus.schedule(), Role(0, (1,)), 1, 5, 1)
+    next(arriving)
+    assert settings() == before
+    assert len(list(arriving)) == 4
+    assert settings() == before
 
 
 def test_an_abandoned_stream_leaves_nothing_running(corpus: Corpus) -> None:

@@ -2,7 +2,8 @@
 
 The folder holds
 
-    <xxh3>.arrow          a shard, verified when it came; its time of modification is its last use
+    <xxh3>.arrow          a shard, verified when it came; its time of access is its last use, and its time of
+                          modification tells a reader that mapped it whether it is still as it came
     <xxh3>.<bytes>.part/  a download in progress: the room it has reserved, and its temporary files
     <xxh3>.lock           held while a shard is downloaded, from before its .part to after it
     folder.lock           held while room is made and while a shard is published
@@ -218,16 +219,17 @@ def _shard_files(folder: Path) -> list[_File]:
         with contextlib.suppress(FileNotFoundError):
             if _SHARD.fullmatch(path.name):
                 stat = path.stat()
-                files.append(_File(path=path, bytes=stat.st_size, used_ns=stat.st_mtime_ns))
+                files.append(_File(path=path, bytes=stat.st_size, used_ns=stat.st_atime_ns))
     return files
 
 
 def _used(path: Path, size: int) -> bool:
     """Whether a shard is there in its size; it then counts as used now."""
     try:
-        if path.stat().st_size != size:
+        stat = path.stat()
+        if stat.st_size != size:
             return False
-        os.utime(path)
+        os.utime(path, ns=(time.time_ns(), stat.st_mtime_ns))
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:  # a shard that we may only read is as good

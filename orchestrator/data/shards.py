@@ -180,9 +180,7 @@ def _open_shard(uri: str, shard: Shard) -> np.ndarray:
         try:
             path = node_cache().fetch(uri, shard.bytes, shard.xxh3) if storage.is_s3(uri) else Path(uri)
             stat = path.stat()
-            # A file of the cache is touched at every use, and replaced only by another one.
-            version = stat.st_ino if storage.is_s3(uri) else stat.st_mtime_ns
-            return _mapped(path, (stat.st_size, version), shard.xxh3)
+            return _mapped(path, (stat.st_size, stat.st_ino, stat.st_mtime_ns), shard.xxh3)
         except FileNotFoundError:  # also from the cache, when others needed its room at once
             problem = "is missing"
         except ShardLost as error:
@@ -199,7 +197,7 @@ class _Damaged(Exception):
 
 
 @functools.lru_cache(maxsize=128)
-def _mapped(path: Path, version: tuple[int, int], xxh3: str) -> np.ndarray:
+def _mapped(path: Path, version: tuple[int, int, int], xxh3: str) -> np.ndarray:
     """Verified once a process, and again when the file has changed."""
     import pyarrow as pa
 

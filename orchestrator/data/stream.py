@@ -7,7 +7,8 @@ read from S3 is cached there, and what they give goes through its shared memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,22 +46,22 @@ def stream(
         RunFailed: other samples arrived than the schedule says.
         ShardLost: a shard is missing or damaged; names it.
     """
-    arriving = _arriving(corpus, schedule, role, first_step, last_step, unit_tokens)
     exclusions = schedule.exclusions
-    for step in range(first_step, last_step + 1):
-        tokens = counted = None
-        if role.reads and not schedule.skips(step):
-            ids, tokens = next(arriving)
-            counted = exclusions.counted(ids, schedule.sequence_length) if exclusions else None
-            if counted is not None:
-                tokens = np.where(counted, tokens, tokens.dtype.type(exclusions.filler))
-        yield Share(
-            step=step,
-            tokens=tokens,
-            counted=counted,
-            targets=schedule.targets(step),
-            largest=schedule.largest(step, role.shares),
-        )
+    with closing(_arriving(corpus, schedule, role, first_step, last_step, unit_tokens)) as arriving:
+        for step in range(first_step, last_step + 1):
+            tokens = counted = None
+            if role.reads and not schedule.skips(step):
+                ids, tokens = next(arriving)
+                counted = exclusions.counted(ids, schedule.sequence_length) if exclusions else None
+                if counted is not None:
+                    tokens = np.where(counted, tokens, tokens.dtype.type(exclusions.filler))
+            yield Share(
+                step=step,
+                tokens=tokens,
+                counted=counted,
+                targets=schedule.targets(step),
+                largest=schedule.largest(step, role.shares),
+            )
 
 
 def _arriving(
@@ -70,19 +71,19 @@ def _arriving(
     first_step: int,
     last_step: int,
     unit_tokens: int,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
     """(sample ids, their tokens) of every step that is not passed over."""
     units = list(_units(schedule, role, first_step, last_step, unit_tokens))
-    blocks = _blocks(corpus, schedule, role, [unit for unit in units if unit.size])
-    for unit in units:
-        ids = schedule.ids(unit.steps, role)
-        if unit.size:
-            tokens = _verified(next(blocks), ids, unit, role)
-        else:  # more replicas than sequences
-            tokens = np.empty((0, schedule.sequence_length), np.uint16)
-        for place in range(len(unit.steps)):
-            mine = slice(place * unit.size, (place + 1) * unit.size)
-            yield ids[mine], tokens[mine]
+    with closing(_blocks(corpus, schedule, role, [unit for unit in units if unit.size])) as blocks:
+        for unit in units:
+            ids = schedule.ids(unit.steps, role)
+            if unit.size:
+                tokens = _verified(next(blocks), ids, unit, role)
+            else:  # more replicas than sequences
+                tokens = np.empty((0, schedule.sequence_length), np.uint16)
+            for place in range(len(unit.steps)):
+                mine = slice(place * unit.size, (place + 1) * unit.size)
+                yield ids[mine], tokens[mine]
 
 
 def _units(schedule: Schedule, role: Role, first_step: int, last_step: int, unit_tokens: int) -> Iterator[_Unit]:
@@ -106,7 +107,7 @@ def _verified(block: Any, ids: np.ndarray, unit: _Unit, role: Role) -> np.ndarra
     return tokens
 
 
-def _blocks(corpus: str, schedule: Schedule, role: Role, units: Sequence[_Unit]) -> Iterator[Any]:
+def _blocks(corpus: str, schedule: Schedule, role: Role, units: Sequence[_Unit]) -> Generator[Any, None, None]:
     """What Ray Data brings for every unit, in order."""
     import ray
     from ray.data import DataContext, ExecutionResources
@@ -128,11 +129,11 @@ def _blocks(corpus: str, schedule: Schedule, role: Role, units: Sequence[_Unit])
                 Units(corpus, schedule, role, steps),
                 override_num_blocks=len(steps),
                 num_cpus=0,
-                concurrency=2,
+                concurrency=min(2, len(steps)),
                 ray_remote_args={"max_retries": RETRIES},  # without it, one that ends its worker is started for ever
             )
-        blocks = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
-        for _ in steps:
-            with consumer_waits():
-                block = next(blocks)
-            yield block
+        with closing(iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))) as blocks:
+            for _ in steps:
+                with consumer_waits():
+                    block = next(blocks)
+                yield block

@@ -519,7 +519,6 @@ def test_a_damaged_file_of_the_cache_is_healed_or_named(bucket: str) -> None:
         assert np.array_equal(share.tokens, corpus.rows[corpus.schedule().order.step(share.step)])  # type: ignore[arg-type]
 
 
-@pytest.mark.xfail(strict=True, reason="a file of the cache is known by its inode: a change in place goes unnoticed")
 def test_a_file_of_the_cache_that_changes_under_a_reader_is_healed(bucket: str) -> None:
     corpus = write_corpus(f"{bucket}/corpus", seed=4)
     assert_ordered(corpus, corpus.schedule(), (1,), 1, EPOCH + 4)

@@ -392,6 +392,15 @@ def test_status_and_report_count_only_what_came_after(run: RunDir) -> None:
     report.write_report(run)
 
 
+def test_a_step_that_is_passed_over_when_it_is_done_again_does_not_count(run: RunDir) -> None:
+    """An attempt did steps 5 to 8 and was lost before it could commit them."""
+    train(run, recipe(root_of(run)), 1, 8)
+    storage.delete(checkpoints.step_directory(run.checkpoints, 8))
+    train(run, recipe(root_of(run), skip_steps=[[6, 7], [9, 9]]), 5, 10)
+    assert sorted(run.loss_curve()) == [1, 2, 3, 4, 5, 8, 10]
+    assert {line["attempt"] for step, line in run.loss_curve().items() if step > 4} == {2}
+
+
 # --- a recipe that is refused -----------------------------------------------------------------------------------------
 
 

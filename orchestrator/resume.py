@@ -42,10 +42,15 @@ def check_past(run: RunDir, recipe: Recipe) -> None:
     manifest, position = load_manifest(run.corpus), _position(run)
     if manifest is None or position is None:
         return
+    if recipe.corpus.mixture and not any(shard.source for shard in manifest.shards("train")):
+        raise UserError(
+            f"{run.uri} is at step {position.step}, and its corpus was packed without corpus.mixture, as one",
+            "take it back, or begin anew with --start-over",
+        )
     before, after = position.past, schedule(manifest, recipe).past(position.step)
     found = changes(before, after)
     if found:
-        kept = _kept(before, after, recipe, manifest)
+        kept = _kept(before, after, recipe, manifest) if position.step < recipe.train.steps else []
         change = f"to change only what comes, begin with {' and '.join(kept)}; else " if kept else ""
         raise UserError(
             f"{run.uri} is at step {position.step}, and what its steps consumed would change: {'; '.join(found)}",

@@ -156,7 +156,9 @@ def check_lost_shards(run: RunDir, recipe: Recipe) -> None:
     lost, allowed = lost_shards(run), recipe.train.max_lost_shards
     if len(lost) > allowed:
         which = "; ".join(s.reason if s.name in s.reason else f"{s.name} {s.reason}" for s in lost)
-        raise RunFailed(f"lost shards: {len(lost)} of {allowed} that may be: {which}", lost_shards_hint(run))
+        raise RunFailed(
+            f"lost shards: {len(lost)}, and train.max_lost_shards is {allowed}: {which}", lost_shards_hint(run)
+        )
 
 
 def lost_shards_hint(run: RunDir) -> str:

@@ -330,7 +330,7 @@ MUTABLE = (
     "train.max_restarts",
     "train.max_lost_shards",
     "train.quarantine",
-    # What these decided for the steps that are done may not change: `supervisor.check_past` sees to it.
+    # What these decided for the steps that are done may not change: `resume.check_past` sees to it.
     "corpus.mixture",
     "train.global_batch_size",
     "train.batch_ramp",

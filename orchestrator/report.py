@@ -66,15 +66,13 @@ def _load(run: RunDir) -> Content:
     resolved = run.read_json(run.resolved) or {}
     folder = run.evaluation(0).rpartition("/")[0]
     results = [storage.join(folder, name) for name in storage.list_files(folder) if name.endswith(".json")]
-    after = run.last_before_start_over()
-    by_step = {line["step"]: line for line in metrics if line["attempt"] > after}
     return Content(
         recipe=flatten(resolved.get("recipe") or {}),
         versions=resolved.get("versions") or {},
         manifest=run.read_json(run.corpus_manifest) or {},
         events=events,
         metrics=metrics,
-        counted=[by_step[step] for step in sorted(by_step)],
+        counted=[line for _, line in sorted(run.loss_curve().items())],
         plans=plans,
         attempts=attempt_rows([*claimed, *events], metrics),
         evaluations=[run.read_json(uri) or {} for uri in results],

@@ -42,10 +42,15 @@ def check_past(run: RunDir, recipe: Recipe) -> None:
     manifest, position = load_manifest(run.corpus), _position(run)
     if manifest is None or position is None:
         return
+    if recipe.corpus.mixture and not any(shard.source for shard in manifest.shards("train")):
+        raise UserError(
+            f"{run.uri} is at step {position.step}, and its corpus was packed without corpus.mixture, as one",
+            "take it back, or begin anew with --start-over",
+        )
     before, after = position.past, schedule(manifest, recipe).past(position.step)
     found = changes(before, after)
     if found:
-        kept = _kept(before, after, recipe, manifest)
+        kept = _kept(before, after, recipe, manifest) if position.step < recipe.train.steps else []
         change = f"to change only what comes, begin with {' and '.join(kept)}; else " if kept else ""
         raise UserError(
             f"{run.uri} is at step {position.step}, and what its steps consumed would change: {'; '.join(found)}",
@@ -151,7 +156,9 @@ def check_lost_shards(run: RunDir, recipe: Recipe) -> None:
     lost, allowed = lost_shards(run), recipe.train.max_lost_shards
     if len(lost) > allowed:
         which = "; ".join(s.reason if s.name in s.reason else f"{s.name} {s.reason}" for s in lost)
-        raise RunFailed(f"lost shards: {len(lost)} of {allowed} that may be: {which}", lost_shards_hint(run))
+        raise RunFailed(
+            f"lost shards: {len(lost)}, and train.max_lost_shards is {allowed}: {which}", lost_shards_hint(run)
+        )
 
 
 def lost_shards_hint(run: RunDir) -> str:

@@ -194,9 +194,19 @@ class RunDir:
         return lines
 
     def loss_curve(self) -> dict[int, dict[str, Any]]:
-        """The record of every step that counts: where attempts overlap, the later one's."""
+        """The record of every step that counts: where attempts overlap, the later one's; none where that passed over
+        what one before had done."""
+        lines = [line for line in self.metric_lines() if line.get("step") is not None]
+        curve: dict[int, dict[str, Any]] = {}
         after = self.last_before_start_over()
-        return {line["step"]: line for line in self.metric_lines() if line["attempt"] > after}
+        for attempt in sorted({line["attempt"] for line in lines} | set(self.current_attempts())):
+            if attempt > after:
+                chosen = self.read_json(self.schedule(attempt)) or {"skip_steps": []}
+                for first, last in chosen["skip_steps"]:
+                    for step in range(max(first, chosen["from_step"]), last + 1):
+                        curve.pop(step, None)
+                curve |= {line["step"]: line for line in lines if line["attempt"] == attempt}
+        return curve
 
     def claim_fault(self, fault: Fault) -> bool:
         """True once for each of `faults`: an injected failure does not come back after the restart."""

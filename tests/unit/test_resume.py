@@ -81,9 +81,28 @@ def test_another_corpus_is_refused(run_anywhere: RunDir) -> None:
 
 
 def test_a_mixture_where_there_was_none_is_refused(run: RunDir) -> None:
+    """Without one the sources are packed together, so that none of them can be drawn from."""
+    manifest = manifest_of(run)
+    together = [{**shard, "source": ""} for shard in manifest.splits["train"]["shards"]]
+    splits = {**manifest.splits, "train": {**manifest.splits["train"], "shards": together}}
+    save_manifest(replace(manifest, splits=splits), run.corpus)
+    resume.check_past(run, recipe(root_of(run)))
     train(run, recipe(root_of(run)), 1, 8)
     refused = refusal(run, recipe(root_of(run), corpus_mixture=MIXED))
+    assert "packed without corpus.mixture" in refused.message
+
+
+def test_a_mixture_that_is_taken_away_is_refused(tmp_path: Path, tokenizer: Path) -> None:
+    run = run_at(str(tmp_path), tokenizer, corpus_mixture=MIXED)
+    train(run, recipe(str(tmp_path), corpus_mixture=MIXED), 1, 8)
+    refused = refusal(run, recipe(str(tmp_path)))
     assert "corpus.mixture" in refused.message
+    assert "corpus.mixture" not in refused.hint, "no line would help"
+
+
+def test_when_nothing_is_to_come_no_lines_are_given_for_it(run: RunDir) -> None:
+    train(run, recipe(root_of(run), steps=8), 1, 8)
+    assert "batch_ramp" not in refusal(run, recipe(root_of(run), steps=8, global_batch_size=6)).hint
 
 
 def test_before_the_first_checkpoint_anything_goes(run: RunDir) -> None:
@@ -390,6 +409,15 @@ def test_status_and_report_count_only_what_came_after(run: RunDir) -> None:
     assert [row["steps_repeated"] for row in summary["attempts"]] == [0, 0], "begun anew is not repeated"
     assert [line["step"] for line in report._load(run).counted] == [1, 2, 3, 4]
     report.write_report(run)
+
+
+def test_a_step_that_is_passed_over_when_it_is_done_again_does_not_count(run: RunDir) -> None:
+    """An attempt did steps 5 to 8 and was lost before it could commit them."""
+    train(run, recipe(root_of(run)), 1, 8)
+    storage.delete(checkpoints.step_directory(run.checkpoints, 8))
+    train(run, recipe(root_of(run), skip_steps=[[6, 7], [9, 9]]), 5, 10)
+    assert sorted(run.loss_curve()) == [1, 2, 3, 4, 5, 8, 10]
+    assert {line["attempt"] for step, line in run.loss_curve().items() if step > 4} == {2}
 
 
 # --- a recipe that is refused -----------------------------------------------------------------------------------------

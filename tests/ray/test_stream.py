@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import itertools
 import os
-import random
 import signal
 import threading
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import ray
 import ray.data
@@ -24,81 +20,19 @@ from orchestrator import cluster, storage
 from orchestrator.data import shards, transport
 from orchestrator.data import stream as streams
 from orchestrator.data.exclusions import Exclusions, LostShard, Run
-from orchestrator.data.manifest import Manifest, save_manifest
-from orchestrator.data.order import Batches, Order, Pool, Stage
+from orchestrator.data.order import Batches
 from orchestrator.data.schedule import Role, Schedule, Share
 from orchestrator.data.shard_cache import FOLDER_VARIABLE
 from orchestrator.data.stream import stream
 from orchestrator.data.tasks import RETRIES
 from orchestrator.errors import RunFailed, ShardLost, StorageError
-from tests.ray.consumer import Consumer, Report, hashes
-
-LENGTH, BATCH = 64, 12
-SHARDS = (37, 50, 5, 61, 40)
-"""Sequences of each."""
-SAMPLES = sum(SHARDS)
-EPOCH = SAMPLES // BATCH
-"""Whole steps in one."""
-FEW = 3 * BATCH * LENGTH
-"""Tokens of a unit: three steps of a lone rank, or more of many ranks."""
-DEADLINE_S = 60.0
+from tests.ray.small_corpus import BATCH, EPOCH, FEW, LENGTH, SHARDS, Corpus, wait_for, write_corpus
 
 
 @pytest.fixture(scope="module", autouse=True)
 def ray_is_up(s3_endpoint: str) -> Iterator[None]:
     with cluster.connection(None):
         yield
-
-
-@dataclass(frozen=True)
-class Corpus:
-    uri: str
-    rows: np.ndarray
-    """All sequences, by sample id; no two are alike."""
-    shards: list[shards.Shard]
-
-    def schedule(
-        self, *batches: Batches, skip: tuple[tuple[int, int], ...] = (), exclusions: Exclusions | None = None
-    ) -> Schedule:
-        order = Order(
-            pools=(Pool(0, len(self.rows)),),
-            stages=(Stage((1.0,)),),
-            batches=batches or (Batches(BATCH),),
-            seed=3,
-            block=8,
-            window=3,
-        )
-        return Schedule(
-            order=order,
-            sequence_length=LENGTH,
-            corpus_hash=self.uri,
-            skip_steps=skip,
-            exclusions=exclusions or Exclusions(),
-        )
-
-    def lost(self, index: int) -> LostShard:
-        shard = self.shards[index]
-        return LostShard(name=shard.name, first=sum(SHARDS[:index]), samples=shard.sequences, reason="test")
-
-
-def write_corpus(uri: str, seed: int = 0, vocab_size: int = 50_000) -> Corpus:
-    rows = np.random.default_rng(seed).integers(0, vocab_size, (SAMPLES, LENGTH), dtype=np.uint32)
-    written = []
-    for number, part in enumerate(np.split(rows, np.cumsum(SHARDS)[:-1])):
-        packed = shards.Packed(part.reshape(-1), [(part.size, "d")])
-        written.append(shards.write_shard(uri, f"{number}.arrow", packed, LENGTH, vocab_size))
-    splits = {"train": {"sequences": SAMPLES, "tokens": rows.size, "shards": list(map(asdict, written))}}
-    manifest = Manifest(
-        hash=uri,
-        sequence_length=LENGTH,
-        vocab_size=vocab_size,
-        documents={},
-        sources={},
-        splits=splits,
-        tail_tokens_dropped=0,
-    )
-    save_manifest(manifest, uri)
-    return Corpus(uri, rows.astype(shards.token_type(vocab_size)), written)
 
 
 @pytest.fixture(scope="module")
@@ -138,13 +72,6 @@ def assert_ordered(
         assert {part.targets for part in parts} == {len(ids) * (LENGTH - 1)}
         assert all(part.counted is None for part in parts)
     assert next(steps, None) is None
-
-
-def wait_for(condition: Callable[[], bool], what: Callable[[], object]) -> None:
-    end = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < end, what()
-        time.sleep(0.02)
 
 
 def flip(path: str | Path) -> None:
@@ -414,7 +341,7 @@ def test_what_is_excluded_is_filled_and_not_counted(tmp_path: Path, shares: tupl
     for run in itertools.chain.from_iterable(runs.values()):
         counted[run.sample, run.first : run.last + 1] = False
     schedule = corpus.schedule(exclusions=exclusions)
-    seen = np.zeros(SAMPLES, dtype=int)
+    seen = np.zeros(len(corpus.rows), dtype=int)
     for parts in together(corpus, schedule, shares, 1, EPOCH + 3):
         ids = schedule.order.step(parts[0].step)
         seen[ids] += 1
@@ -545,117 +472,3 @@ def fill_cache(corpus: Corpus) -> None:
 
     for shard in corpus.shards:
         node_cache().fetch(f"{corpus.uri}/{shard.name}", shard.bytes, shard.xxh3)
-
-
-# --- workers are killed -----------------------------------------------------------------------------------------------
-
-STEPS = 40
-MOST_AHEAD = 3
-"""Steps that a rank may have done more than the slowest."""
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_nothing_is_lost_or_repeated_when_ranks_are_killed(corpus: Corpus, seed: int) -> None:
-    survive(corpus, seed)
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("seed", range(100, 120))
-def test_nothing_is_lost_or_repeated_in_many_schedules_of_kills(corpus: Corpus, seed: int) -> None:
-    survive(corpus, seed)
-
-
-def survive(corpus: Corpus, seed: int) -> None:
-    """Train, with ranks killed, on from the last commit each time with other ranks, and compare with the order."""
-    draw = random.Random(seed)
-    edges = sorted(draw.sample(range(3, STEPS - 3), 2))
-    ramp = (Batches(draw.randint(6, 9), edges[0]), Batches(draw.randint(6, 15), edges[1] - edges[0]), Batches(BATCH))
-    skipped = draw.randrange(2, STEPS - 3)
-    schedule = corpus.schedule(*ramp, skip=((skipped, skipped + draw.randrange(2)),))
-    every, kills = draw.randint(1, 5), draw.randint(2, 3)
-    sizes = [draw.randint(1, 3)]
-    sizes.append(draw.choice([size for size in (1, 2, 3) if size != sizes[0]]))
-    sizes += [draw.randint(1, 3) for _ in range(kills - 1)]
-
-    trained: list[list[Report]] = []  # of every step that is done and not rolled back, its ranks' reports
-    for number, size in enumerate(sizes):
-        first = len(trained) + 1
-        shares = tuple(draw.randint(1, 3) for _ in range(size))
-        attempt = Attempt(corpus, schedule, shares, range(first, STEPS + 1), draw)
-        # Enough is left for the attempts that follow to be killed in as well.
-        at = None if number == kills else draw.randint(first - 1, STEPS - (kills - number) * (MOST_AHEAD + 1))
-        done = attempt.run(kill_at=at)
-        trained += done if at is None else done[: (len(trained) + len(done)) // every * every - len(trained)]
-
-    assert [{report.step for report in step} for step in trained] == [{step} for step in range(1, STEPS + 1)]
-    rows = [[row for report in step for row in report.rows] for step in trained]
-    order = [[] if schedule.skips(s) else hashes(corpus.rows[schedule.order.step(s)]) for s in range(1, STEPS + 1)]
-    got, wanted = (Counter(itertools.chain.from_iterable(steps)) for steps in (rows, order))
-    assert (wanted - got, got - wanted) == (Counter(), Counter()), "(lost, repeated)"
-    assert rows == order
-    assert max(wanted.values()) > 1, "more than an epoch"
-
-
-class Attempt:
-    """Ranks as actors in processes of their own, which take steps, each at most a few more than the slowest."""
-
-    def __init__(
-        self, corpus: Corpus, schedule: Schedule, shares: tuple[int, ...], steps: range, draw: random.Random
-    ) -> None:
-        self._ahead = draw.randint(1, MOST_AHEAD)
-        self._steps = steps
-        self._victim = draw.randrange(len(shares))
-        unit_tokens, execution_units = draw.choice((1, FEW // 2, FEW, 10 * FEW)), draw.choice((2, 5, 256))
-        actor = ray.remote(num_cpus=0.25, max_restarts=0, max_task_retries=0)(Consumer)
-        roles = [Role(rank, shares) for rank in range(len(shares))]
-        self._ranks = [
-            actor.remote(corpus.uri, schedule.as_json(), role, steps, unit_tokens, execution_units) for role in roles
-        ]
-        self._reports: list[list[Report]] = [[] for _ in roles]
-        self._asked: list[list[Any]] = [[] for _ in roles]
-
-    def run(self, kill_at: int | None) -> list[list[Report]]:
-        """The reports of the steps that all ranks have done, up to the last, or to where a killed rank is missed."""
-        pids = ray.get([rank.pid.remote() for rank in self._ranks], timeout=DEADLINE_S)
-        killed = False
-        try:
-            while self._done() < len(self._steps):
-                self._ask()
-                if kill_at is not None and not killed and self._steps[0] + self._furthest() > kill_at:
-                    os.kill(pids[self._victim], signal.SIGKILL)
-                    killed = True
-                if not self._hear():
-                    assert killed, "a rank was lost that nobody killed"
-                    break
-            assert kill_at is None or self._done() < len(self._steps)
-        finally:
-            for rank in self._ranks:
-                ray.kill(rank)
-        wait_for(lambda: not any(map(psutil.pid_exists, pids)), lambda: pids)
-        return [[reports[place] for reports in self._reports] for place in range(self._done())]
-
-    def _done(self) -> int:
-        return min(map(len, self._reports))
-
-    def _furthest(self) -> int:
-        return max(map(len, self._reports))
-
-    def _ask(self) -> None:
-        """Every rank for as many steps as it may take now."""
-        allowed = min(self._done() + self._ahead, len(self._steps))
-        for rank, asked in zip(self._ranks, self._asked, strict=True):
-            asked += [rank.take.remote() for _ in range(len(asked), allowed)]
-
-    def _hear(self) -> bool:
-        """Wait for a report. Returns whether it came: False when its rank is lost."""
-        told = zip(self._asked, self._reports, strict=True)
-        awaited = {asked[len(got)]: rank for rank, (asked, got) in enumerate(told) if len(got) < len(asked)}
-        ready, _ = ray.wait(list(awaited), timeout=DEADLINE_S)
-        assert ready, "no rank tells anything"
-        rank = awaited[ready[0]]
-        try:
-            self._reports[rank].append(ray.get(ready[0]))
-        except ray.exceptions.RayActorError:
-            assert rank == self._victim
-            return False
-        return True

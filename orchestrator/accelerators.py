@@ -6,6 +6,8 @@ answers to the `torch.cuda` API, so a DCU is a "cuda" device to torch and DeepSp
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
 import subprocess
@@ -116,11 +118,31 @@ def prepare_process(accelerator: Accelerator) -> None:
 
     The directory of compiled extensions is kept with the Python environment, so that what `make .venv` built is found.
     """
-    extensions = Path(sys.prefix) / "torch_extensions"
     if os.access(sys.prefix, os.W_OK):
-        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions))
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix, "torch_extensions")))
+        drop_stale_locks(Path(os.environ["TORCH_EXTENSIONS_DIR"]))
     os.environ["DS_ACCELERATOR"] = accelerator.torch_device
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     bin_directory = str(Path(sys.executable).parent)  # ninja and the compiler wrappers of an unactivated environment
     if bin_directory not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join([bin_directory, os.environ.get("PATH", "")])
+
+
+_alive: list[int] = []
+"""File descriptors of locks that are held for as long as the process lives."""
+
+
+def drop_stale_locks(extensions: Path) -> None:
+    """Delete the locks under which killed processes were building torch extensions: torch waits for them for ever.
+
+    Every process that calls this holds a lock of its own, shared with the others, to its end, which the kernel sees to.
+    Who gets that lock alone knows that nobody is building.
+    """
+    extensions.mkdir(parents=True, exist_ok=True)
+    handle = os.open(extensions / "alive", os.O_CREAT | os.O_RDWR, 0o666)
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for lock in extensions.glob("*/lock"):
+            lock.unlink(missing_ok=True)
+    fcntl.flock(handle, fcntl.LOCK_SH)
+    _alive.append(handle)

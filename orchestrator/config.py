@@ -209,14 +209,14 @@ class Workers(Section):
 
 class BatchStretch(Section):
     steps: int = Field(ge=1)
-    sequences: int = Field(ge=1)
+    sequences: int = Field(ge=1, le=10**7)
     """A step."""
 
 
 class TrainConfig(Section):
     sequence_length: int = Field(default=2048, ge=8)
     """Tokens."""
-    global_batch_size: int = Field(default=256, ge=1)
+    global_batch_size: int = Field(default=256, ge=1, le=10**7)
     """Sequences a step, whatever the number of workers."""
     batch_ramp: tuple[BatchStretch, ...] = ()
     """Global batch sizes of the first steps; `global_batch_size` holds after them."""
@@ -253,7 +253,7 @@ class TrainConfig(Section):
     def something_is_trained(self) -> Self:
         ramp = sum(stretch.steps for stretch in self.batch_ramp)
         if ramp >= self.steps:
-            raise ValueError(f"batch_ramp lasts {ramp} steps, steps={self.steps}")
+            raise ValueError(f"batch_ramp lasts {ramp} steps and must end before steps={self.steps}")
         for first, last in self.skip_steps:
             if not first <= last <= self.steps:
                 raise ValueError(f"skip_steps [{first}, {last}] is no range of steps up to steps={self.steps}")
@@ -391,6 +391,10 @@ def expand_path(path: str) -> str:
     return path.replace("${site_packages}", sysconfig.get_paths()["purelib"])
 
 
+_PLAIN = {"tuple_type": "give a list, as in [a, b]", "model_type": "give keys and values, as in {key: value}"}
+"""What pydantic says in the words of Python."""
+
+
 def _explain(document: Document, error: ValidationError) -> UserError:
     messages, hint = [], ""
     places = {item["loc"] for item in error.errors()}
@@ -407,7 +411,7 @@ def _explain(document: Document, error: ValidationError) -> UserError:
         elif item["type"] == "missing":
             message = f"{document.place_of(location)} {dotted} is missing"
         else:
-            text = item["msg"].removeprefix("Value error, ")
+            text = _PLAIN.get(item["type"], item["msg"].removeprefix("Value error, "))
             text = text[0].lower() + text[1:]
             value = "" if isinstance(item["input"], (dict, list)) else f"={json.dumps(item['input'], default=str)}"
             message = f"{document.place_of(location)} {dotted}{value}: {text}"

@@ -23,6 +23,8 @@ class Ending:
     """Step of the newest checkpoint at its end."""
     lost_shard: str = ""
     """Name of the shard that it could not read."""
+    hint: str = ""
+    """What its error says to do."""
 
 
 @dataclass(frozen=True)

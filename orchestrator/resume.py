@@ -47,7 +47,7 @@ def check_past(run: RunDir, recipe: Recipe) -> None:
             f"{run.uri} is at step {position.step}, and its corpus was packed without corpus.mixture, as one",
             "take it back, or begin anew with --start-over",
         )
-    before, after = position.past, schedule(manifest, recipe).past(position.step)
+    before, after = position.past, data_schedule(run, recipe, manifest).past(position.step)
     found = changes(before, after)
     if found:
         kept = _kept(before, after, recipe, manifest) if position.step < recipe.train.steps else []
@@ -100,9 +100,30 @@ def record_schedule(run: RunDir, attempt: int, chosen: Schedule, shares: tuple[i
     values, last = chosen.as_json(), run.last_schedule()
     before = Schedule.from_json(last).as_json() if last else values
     run.write_json(run.schedule(attempt), {"from_step": resume_step + 1, "shares": shares, **values})
-    if changed := sorted(key for key in values if values[key] != before[key]):
+    if changed := _changed(before, values):
         run.log_event("schedule_changed", attempt=attempt, from_step=resume_step + 1, changed=changed)
         log.info("attempt %d: data schedule changed from step %d on: %s", attempt, resume_step + 1, ", ".join(changed))
+
+
+def _changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """The keys of a recipe, and the shards, that two recorded schedules differ in."""
+    names = {
+        ("order", "batches"): "train.global_batch_size",
+        ("order", "stages"): "corpus.mixture",
+        ("order", "pools"): "corpus.mixture",
+        ("order", "seed"): "train.seed",
+        ("skip_steps",): "train.skip_steps",
+        ("exclusions", "quarantined"): "train.quarantine",
+        ("exclusions", "lost"): "lost shards",
+        ("corpus",): "corpus",
+    }
+    return sorted({name for path, name in names.items() if _at(before, path) != _at(after, path)})
+
+
+def _at(values: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        values = values[key]
+    return values
 
 
 def lose(run: RunDir, manifest: Manifest, shard: str, reason: str) -> list[LostShard]:
@@ -182,7 +203,7 @@ def _exclusions(run: RunDir, recipe: Recipe, manifest: Manifest) -> Exclusions:
     before = run.last_schedule() or {}
     known = Exclusions.from_json(before["exclusions"]).quarantined if before.get("corpus") == manifest.hash else {}
     unknown = [document for document in wanted if document not in known]
-    found = inspection.occurrences(run.corpus, manifest, unknown) if unknown else {}
+    found = inspection.occurrences(run.corpus, manifest, unknown, {shard.name for shard in lost}) if unknown else {}
     runs = {**known, **{document: tuple(Run(*place) for place in places) for document, places in found.items()}}
     for document in unknown:
         if not runs.get(document):
@@ -197,17 +218,37 @@ def _exclusions(run: RunDir, recipe: Recipe, manifest: Manifest) -> Exclusions:
     )
 
 
-def start_over(run: RunDir) -> None:
-    """Set aside what the run has trained, so that the next attempt begins at step 1. Nothing is deleted but markers."""
-    for step in reversed(checkpoints.committed_steps(run.checkpoints)):
+def start_over(run: RunDir, recipe: Recipe) -> None:
+    """Begin anew: the next attempt starts at step 1, and nothing that the attempts so far have committed counts.
+
+    That holds from one write on, so that neither a kill nor an attempt that is still running brings the past back. No
+    checkpoint is deleted.
+
+    Raises:
+        UserError: the recipe does not go with the corpus; nothing is set aside then.
+    """
+    if manifest := load_manifest(run.corpus):
+        data_schedule(run, recipe, manifest)
+    last = max(run.attempts(), default=0)
+    run.write_json(run.started_over, {"last_attempt": last, "set_aside": False})
+    finish_start_over(run)
+    log.info("starting over: checkpoints and results up to attempt %d are set aside", last)
+
+
+def finish_start_over(run: RunDir) -> None:
+    """Set aside what was made before a run was begun anew, where that was not done to its end."""
+    begun = run.read_json(run.started_over)
+    if begun is None or begun["set_aside"]:
+        return
+    last = begun["last_attempt"]
+    for step in reversed(checkpoints.all_steps(run.checkpoints)):
         checkpoints.set_aside(run.checkpoints, step, "started-over")
-    attempts = run.attempts()
-    place = run.path("set-aside", f"{max(attempts, default=0):03d}")
     for folder in ("evaluation", "serving"):
         for name in storage.list_files(run.path(folder)):
-            storage.write(storage.join(place, folder, name), storage.read(run.path(folder, name)))
+            place = run.path("set-aside", f"{last:03d}", folder, name)
+            storage.write(place, storage.read(run.path(folder, name)))
             storage.delete(run.path(folder, name))
     for uri in (run.model_manifest, run.lost_shards):
         storage.delete(uri)
-    run.log_event("started_over", last_attempt=max(attempts, default=0))
-    log.info("starting over: checkpoints and results up to attempt %d are set aside", max(attempts, default=0))
+    run.log_event("started_over", last_attempt=last)
+    run.write_json(run.started_over, {"last_attempt": last, "set_aside": True})

@@ -58,6 +58,11 @@ class RunDir:
         return self.path("checkpoints")
 
     @property
+    def started_over(self) -> str:
+        """Where the run was begun anew: the last attempt that no longer counts, and whether all is set aside."""
+        return self.path("checkpoints", "started-over.json")
+
+    @property
     def model(self) -> str:
         return self.path("model")
 
@@ -158,9 +163,8 @@ class RunDir:
 
     def last_before_start_over(self) -> int:
         """Number of the last attempt that no longer counts, 0 where all do."""
-        names = storage.list_files(self.path("events"))
-        marks = [name for name in names if name.endswith("-started_over.json")]
-        return int(storage.read_json(self.path("events", marks[-1]))["last_attempt"]) if marks else 0
+        found = self.read_json(self.started_over)
+        return int(found["last_attempt"]) if found else 0
 
     def claim_attempt(self, plan: dict[str, Any]) -> int:
         """Take the next attempt number; two drivers never get the same one."""
@@ -225,7 +229,7 @@ def open_run(
     Args:
         source: the recipe file's text, kept beside the resolved values.
         start_over: what the run has trained is to be set aside, so that any value may change.
-        check: raises for a recipe that does not go with what the run has trained; nothing is written then.
+        check: called before anything is written; raises for a recipe that does not go with what the run has trained.
 
     Raises:
         UserError: the storage cannot be written, or the run was begun with other values.
@@ -242,8 +246,7 @@ def open_run(
                 f"{run.uri} was begun with another recipe: {'; '.join(changes)}",
                 "take the values back, give the run another name (name=...), or begin anew with --start-over",
             )
-    if not start_over:
-        check(run, recipe)
+    check(run, recipe)
     if before is None or before["recipe"] != values:
         run.write_json(run.resolved, {"recipe": values, "versions": _versions()})
     if source is not None:

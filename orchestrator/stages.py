@@ -57,9 +57,8 @@ def run_recipe(
         session = _Session(run, recipe, files, console, stack, address)
         if start_over:
             session.connect()  # a plan that fits nowhere is refused before anything is set aside
-        open_run(recipe, source, start_over, resume.check_past)
-        if start_over:
-            resume.start_over(run)
+        resume.finish_start_over(run)
+        open_run(recipe, source, start_over, resume.start_over if start_over else resume.check_past)
         log.info("run %s; look inside with: terrane status %s", run.uri, run.uri)
         for fault in recipe.faults:
             what = f"{fault.kind}, rank {fault.rank} at step {fault.step}"

@@ -75,7 +75,7 @@ def supervise(run: RunDir, recipe: Recipe, on_step: Callable[[dict[str, Any]], N
         endings.append(ending)
         if ending.lost_shard:
             lost = lose(run, manifest, ending.lost_shard, ending.message)
-            run.log_event("shards_lost", attempt=attempt, shards=[shard.name for shard in lost])
+            run.log_event("shard_lost", attempt=attempt, shards=[shard.name for shard in lost])
         allowance = recipe.train.max_lost_shards - len(lost_shards(run))
         decision = failures.decide(endings, recipe.train.max_restarts, allowance)
         run.log_event("attempt_ended", **asdict(ending))
@@ -85,7 +85,7 @@ def supervise(run: RunDir, recipe: Recipe, on_step: Callable[[dict[str, Any]], N
                 f"stopped at step {ending.committed_step}, its state is committed", "run the same command"
             )
         if decision.action == "give_up":
-            hint = f"terrane logs {run.uri} shows the workers' last words"
+            hint = ending.hint or f"terrane logs {run.uri} shows the workers' last words"
             if ending.lost_shard:
                 hint = lost_shards_hint(run)
             raise RunFailed(f"attempt {attempt} ended: {_first_line(ending.message)}; {decision.reason}", hint)
@@ -145,7 +145,7 @@ def _attempt(
             log.warning("stopping: the workers commit after this step (Ctrl-C again to drop it)")
             request_stop(run, "Ctrl-C")
     follower.poll()
-    outcome, message, lost_shard = _judge(fit.error)
+    outcome, message, cause = _judge(fit.error)
     if fit.error is not None:
         run.write_json(run.attempt_error(attempt), {"outcome": outcome, "message": message})
     committed = checkpoints.committed_steps(run.checkpoints)
@@ -159,7 +159,8 @@ def _attempt(
         resumed_from=resume.step if resume else 0,
         last_step=max(follower.last_step, step),
         committed_step=step,
-        lost_shard=lost_shard,
+        lost_shard=cause.shard if isinstance(cause, ShardLost) else "",
+        hint=cause.hint if cause else "",
     )
 
 
@@ -257,31 +258,29 @@ class _Follower:
         self._seen = len(whole)
 
 
-def _judge(error: Exception | None) -> tuple[Outcome, str, str]:
-    """What an attempt's end was, from what `fit()` raised: its kind, in words, and the shard that was lost."""
+def _judge(error: Exception | None) -> tuple[Outcome, str, UserError | None]:
+    """What an attempt's end was, from what `fit()` raised: its kind, in words, and the error that a user can act on."""
     from ray.exceptions import RayActorError, RayError
     from ray.train import ControllerError, WorkerGroupError
 
     if error is None:
-        return "finished", "", ""
+        return "finished", "", None
     if isinstance(error, WorkerGroupError):
         causes = {rank: _cause(failure) for rank, failure in sorted(error.worker_failures.items())}
         for cause in causes.values():
-            if isinstance(cause, ShardLost):
-                return "shard_lost", cause.message, cause.shard
             if isinstance(cause, UserError):
-                return "user_error", cause.message, ""
+                return "shard_lost" if isinstance(cause, ShardLost) else "user_error", cause.message, cause
         for rank, cause in causes.items():
             if isinstance(cause, RayActorError):
-                return "worker_lost", f"rank {rank}: {_first_line(str(cause))}", ""
+                return "worker_lost", f"rank {rank}: {_first_line(str(cause))}", None
         for rank, cause in causes.items():
             if any(sign in str(cause) for sign in _PEER_LOST):
-                return "worker_lost", f"rank {rank} lost a peer: {_first_line(str(cause))}", ""
+                return "worker_lost", f"rank {rank} lost a peer: {_first_line(str(cause))}", None
         rank, cause = next(iter(causes.items()), (0, error))
-        return "error", f"rank {rank}: {type(cause).__name__}: {cause}", ""
+        return "error", f"rank {rank}: {type(cause).__name__}: {cause}", None
     if isinstance(error, ControllerError):
-        return "worker_lost", _first_line(str(error.controller_failure)), ""
-    return ("worker_lost" if isinstance(error, RayError) else "error"), f"{type(error).__name__}: {error}", ""
+        return "worker_lost", _first_line(str(error.controller_failure)), None
+    return ("worker_lost" if isinstance(error, RayError) else "error"), f"{type(error).__name__}: {error}", None
 
 
 def _cause(failure: BaseException) -> BaseException:

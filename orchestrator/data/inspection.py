@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -31,8 +31,13 @@ class Passage:
     shard: str
 
 
-def occurrences(uri: str, manifest: Manifest, documents: Sequence[str]) -> dict[str, list[tuple[int, int, int]]]:
-    """Where documents stand in the training split: (sample, first token, last token) each. Reads every sidecar."""
+def occurrences(
+    uri: str, manifest: Manifest, documents: Sequence[str], lost: Set[str] = frozenset()
+) -> dict[str, list[tuple[int, int, int]]]:
+    """Where documents stand in the training split: (sample, first token, last token) each.
+
+    Reads the sidecars of all shards but the lost ones.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -41,7 +46,13 @@ def occurrences(uri: str, manifest: Manifest, documents: Sequence[str]) -> dict[
     length, first = manifest.sequence_length, 0
     with ThreadPoolExecutor(SIDECARS_AT_ONCE) as pool:
         listed = manifest.shards("train")
-        for shard, sidecar in zip(listed, pool.map(lambda s: shards.read_sidecar(uri, s.name), listed), strict=True):
+        readable = [shard for shard in listed if shard.name not in lost]
+        sidecars = pool.map(lambda shard: shards.read_sidecar(uri, shard.name), readable)
+        for shard in listed:
+            if shard.name in lost:
+                first += shard.sequences
+                continue
+            sidecar = next(sidecars)
             for run in np.flatnonzero(pc.is_in(sidecar.documents, wanted).to_numpy(zero_copy_only=False)):
                 begin, end = int(sidecar.starts[run]), int(sidecar.starts[run] + sidecar.lengths[run])
                 for sample in range(begin // length, -(-end // length)):

@@ -61,8 +61,9 @@ def node_cache() -> ShardCache:
         StorageError: the folder cannot be made, or the bound is no positive number.
     """
     chosen = os.environ.get(FOLDER_VARIABLE)
-    default = Path(tempfile.gettempdir(), f"terrane-cache-{os.getuid()}")
-    folder = Path(chosen).expanduser().absolute() if chosen else default
+    folder = Path(storage.absolute(chosen)) if chosen else Path(tempfile.gettempdir(), f"terrane-cache-{os.getuid()}")
+    if chosen and storage.is_s3(chosen):
+        raise StorageError(f"{FOLDER_VARIABLE}={chosen} is no folder", "set it to a folder on a disk of this node")
     with _folder_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
         disk = shutil.disk_usage(folder).free + sum(file.bytes for file in _shard_files(folder))

@@ -18,7 +18,7 @@ import numpy as np
 
 from orchestrator import storage
 from orchestrator.data.shard_cache import LOST_HINT, node_cache
-from orchestrator.errors import ShardLost
+from orchestrator.errors import ShardLost, StorageError
 
 SIDECAR = ".documents.arrow"
 ATTEMPTS = 3
@@ -121,12 +121,20 @@ class Sidecar:
 
 
 def read_sidecar(corpus: str, name: str) -> Sidecar:
-    """The sidecar of a shard."""
+    """The sidecar of a shard.
+
+    Raises:
+        StorageError: it is missing or damaged.
+    """
     import pyarrow as pa
 
     uri = storage.join(corpus, name + SIDECAR)
-    source = pa.BufferReader(storage.read(uri)) if storage.is_s3(uri) else pa.memory_map(uri)
-    columns = pa.ipc.open_file(source).read_all().combine_chunks()
+    try:
+        source = pa.BufferReader(storage.read(uri)) if storage.is_s3(uri) else pa.memory_map(uri)
+        columns = pa.ipc.open_file(source).read_all().combine_chunks()
+    except (FileNotFoundError, pa.ArrowInvalid) as error:
+        what = "missing" if isinstance(error, FileNotFoundError) else "damaged"
+        raise StorageError(f"{uri} is {what}: it says which documents the shard holds", "restore it") from None
     return Sidecar(columns["start"].to_numpy(), columns["length"].to_numpy(), columns["document"])
 
 
@@ -183,6 +191,8 @@ def _open_shard(uri: str, shard: Shard) -> np.ndarray:
             return _mapped(path, (stat.st_size, stat.st_ino, stat.st_mtime_ns), shard.xxh3)
         except FileNotFoundError:  # also from the cache, when others needed its room at once
             problem = "is missing"
+        except OSError as error:
+            problem = f"cannot be read: {error.strerror or error}"
         except ShardLost as error:
             raise ShardLost(error.message, error.hint, shard.name) from None
         except _Damaged as error:

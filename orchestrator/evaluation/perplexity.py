@@ -10,6 +10,7 @@ import numpy as np
 from orchestrator import storage
 from orchestrator.config import Recipe
 from orchestrator.data.manifest import Manifest
+from orchestrator.errors import RunFailed, ShardLost
 from orchestrator.runs import RunDir
 
 BATCH = 8
@@ -23,7 +24,10 @@ def evaluate(run: RunDir, recipe: Recipe, manifest: Manifest, step: int, device:
     from orchestrator.train.models import base_model
 
     sequences = min(recipe.evaluation.held_out_sequences, manifest.sequences("held_out"))
-    tokens = manifest.reader(run.corpus, "held_out").take(np.arange(sequences))
+    try:
+        tokens = manifest.reader(run.corpus, "held_out").take(np.arange(sequences))
+    except ShardLost as error:
+        raise RunFailed(error.message, "evaluation needs it: restore it and run the same command") from None
     base = base_model(recipe, manifest.vocab_size, torch.float32)
     with storage.local_directory(run.model) as folder:
         model = AutoModelForCausalLM.from_pretrained(folder)

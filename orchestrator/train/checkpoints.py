@@ -8,11 +8,12 @@ COMMITTED is created conditionally and last, so a step is committed once, whole,
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from orchestrator.errors import RunFailed, StorageError, UserError
 
 COMMITTED = "COMMITTED"
 FORMAT = 2
+STARTED_OVER = "started-over.json"
+"""The last attempt that no longer counts. Beside the steps, so that a commit and a reader look at the same place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +75,33 @@ def step_directory(checkpoints: str, step: int) -> str:
 
 
 def committed_steps(checkpoints: str) -> list[int]:
-    """Steps with a commit, in order."""
+    """Steps with a commit that counts, in order."""
+    after = last_before_start_over(checkpoints)
+    return [step for step in all_steps(checkpoints) if not after or _attempt_of(checkpoints, step) > after]
+
+
+def all_steps(checkpoints: str) -> list[int]:
+    """Steps with a commit, in order, those from before the run began anew among them."""
     found = [name.split("/") for name in storage.list_files(checkpoints)]
     return sorted(int(parts[0].removeprefix("step-")) for parts in found if parts[1:] == [COMMITTED])
+
+
+def last_before_start_over(checkpoints: str) -> int:
+    """Number of the last attempt whose commits no longer count, 0 where all do."""
+    try:
+        return int(storage.read_json(storage.join(checkpoints, STARTED_OVER))["last_attempt"])
+    except FileNotFoundError:
+        return 0
+
+
+def _attempt_of(checkpoints: str, step: int) -> float:
+    """Of a commit of any version; one that cannot be read counts, and is set aside where it is needed."""
+    try:
+        return float(storage.read_json(storage.join(step_directory(checkpoints, step), COMMITTED))["attempt"])
+    except FileNotFoundError:
+        return 0
+    except (StorageError, TypeError, KeyError, ValueError):
+        return math.inf
 
 
 def read_commit(checkpoints: str, step: int) -> Commit:
@@ -85,6 +112,8 @@ def read_commit(checkpoints: str, step: int) -> Commit:
     """
     uri = storage.join(step_directory(checkpoints, step), COMMITTED)
     values = storage.read_json(uri)
+    if not isinstance(values, dict):
+        raise StorageError(f"{uri} is damaged")
     if values.get("format") != FORMAT:
         raise UserError(
             f"{uri} has format {values.get('format')}, and this version of Terrane reads {FORMAT}",
@@ -135,7 +164,8 @@ def newest(checkpoints: str, on_damage: Any = None) -> Commit | None:
 def set_aside(checkpoints: str, step: int, why: str) -> None:
     """Take a commit back; its files stay, under COMMITTED.<why>, until training has passed the step again."""
     marker = storage.join(step_directory(checkpoints, step), COMMITTED)
-    storage.write(f"{marker}.{why}", storage.read(marker))
+    with contextlib.suppress(FileNotFoundError):
+        storage.write(f"{marker}.{why}", storage.read(marker))
     storage.delete(marker)
 
 
@@ -187,9 +217,12 @@ def save(checkpoints: str, attempt: int, parent: int | None, position: Position,
 
 
 def _publish(checkpoints: str, commit: Commit) -> bool:
-    """Create COMMITTED, unless another attempt has committed this step or gone past it."""
-    if any(step > commit.step for step in committed_steps(checkpoints)):
+    """Create COMMITTED, unless another attempt has committed this step or gone past it, or the run began anew."""
+    after = last_before_start_over(checkpoints)
+    if commit.attempt <= after or any(step > commit.step for step in committed_steps(checkpoints)):
         return False
+    if _attempt_of(checkpoints, commit.step) <= after:  # of an attempt that went on for a moment
+        set_aside(checkpoints, commit.step, "started-over")
     return storage.create(storage.join(step_directory(checkpoints, commit.step), COMMITTED), _dump(commit))
 
 
@@ -224,7 +257,7 @@ def _dump(commit: Commit) -> bytes:
     return (json.dumps(asdict(commit), indent=2) + "\n").encode()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _staging(target: str) -> Iterator[Path]:
     """Where torch writes: the target itself on a file system, a temporary directory for S3."""
     if storage.is_s3(target):

@@ -16,6 +16,7 @@ from typing import Any
 from orchestrator import accelerators, storage
 from orchestrator.config import Recipe
 from orchestrator.data.schedule import Role, Schedule, Share
+from orchestrator.errors import UserError
 from orchestrator.planning.search import Plan
 from orchestrator.runs import RunDir
 from orchestrator.train.checkpoints import Commit, Position
@@ -88,6 +89,8 @@ def _train(job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int, world_s
             else:
                 log.info("step %d: passed over", step)
             _inject_faults(recipe, run, rank, step)
+            if step == config.steps and not updates:
+                raise UserError("no step had anything to learn from: all of it is skipped, quarantined or lost")
             if step % config.checkpoint_every == 0 or step == config.steps or asked:
                 position = Position(step=step, updates=updates, past=schedule.past(step))
                 with recorder.saving():

@@ -198,10 +198,10 @@ def test_what_comes_can_be_changed_and_what_was_stays(recipe: Path, killed: RunD
         "train.skip_steps=[[7,8],[16,16]]",
         f"train.quarantine=['{document}']",
     )
-    assert f"data schedule changed from step {COMMITTED + 1} on: exclusions, order, skip_steps" in done.stderr
+    assert f"data schedule changed from step {COMMITTED + 1} on: lost shards, train.global_batch_size" in done.stderr
     assert [event["shards"] for event in events(run, "shard_lost")] == [[name]]
     (change,) = events(run, "schedule_changed")
-    assert change["changed"] == ["exclusions", "order", "skip_steps"]
+    assert change["changed"] == ["lost shards", "train.global_batch_size", "train.quarantine", "train.skip_steps"]
     recorded = run.read_json(run.schedule(run.attempts()[-1]))["exclusions"]
     assert [shard["name"] for shard in recorded["lost"]] == [name]
     assert list(recorded["quarantined"]) == [document]

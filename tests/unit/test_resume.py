@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -176,7 +176,11 @@ def test_what_only_comes_may_change_and_is_recorded(run_anywhere: RunDir) -> Non
     open_run(later)
     train(run, later, 9, 14, shares=(1, 1, 1))
     (event,) = [event for event in run.events() if event["event"] == "schedule_changed"]
-    assert (event["attempt"], event["from_step"], event["changed"]) == (2, 9, ["order", "skip_steps"])
+    assert (event["attempt"], event["from_step"], event["changed"]) == (
+        2,
+        9,
+        ["train.global_batch_size", "train.skip_steps"],
+    )
     record = run.read_json(run.schedule(2))
     assert (record["from_step"], record["shares"]) == (9, [1, 1, 1])
     assert Schedule.from_json(record) == schedule(manifest_of(run), later)
@@ -226,9 +230,11 @@ def test_documents_that_were_found_before_are_not_looked_for_again(
     asked: list[list[str]] = []
     look = inspection.occurrences
 
-    def looking(uri: str, manifest: Manifest, documents: Sequence[str]) -> dict[str, list[tuple[int, int, int]]]:
+    def looking(
+        uri: str, manifest: Manifest, documents: Sequence[str], lost: Set[str]
+    ) -> dict[str, list[tuple[int, int, int]]]:
         asked.append(list(documents))
-        return look(uri, manifest, documents)
+        return look(uri, manifest, documents, lost)
 
     monkeypatch.setattr(inspection, "occurrences", looking)
     again = resume.data_schedule(run, recipe(root_of(run), quarantine=["a/d1"]), manifest_of(run))
@@ -334,7 +340,7 @@ def test_starting_over_sets_aside_what_was_trained(run_anywhere: RunDir) -> None
     assert "--start-over" in refused.value.hint
     open_run(another, start_over=True)
     for _ in range(2):  # the second time finds nothing more to do
-        resume.start_over(run)
+        resume.start_over(run, another)
         assert checkpoints.committed_steps(run.checkpoints) == []
         assert resume.resume_point(run) is None
         resume.check_past(run, another)
@@ -351,40 +357,70 @@ def test_starting_over_sets_aside_what_was_trained(run_anywhere: RunDir) -> None
     assert {step: line["attempt"] for step, line in run.loss_curve().items()} == {1: 3, 2: 3, 3: 3}
     assert run.current_attempts() == [3]
     assert not [event for event in run.events() if event["event"] == "schedule_changed"], "nothing is compared with"
-    resume.start_over(run)
+    resume.start_over(run, another)
     assert run.loss_curve() == {}
     assert train(run, another, 1, 2) == 4
 
 
 def test_a_run_that_has_trained_nothing_can_be_started_over(run: RunDir) -> None:
-    resume.start_over(run)
+    resume.start_over(run, recipe(root_of(run)))
     assert train(run, recipe(root_of(run)), 1, 4) == 1
     assert sorted(run.loss_curve()) == [1, 2, 3, 4]
 
 
-def test_starting_over_that_was_broken_off_is_done_again_to_its_end(
-    run: RunDir, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("operation", range(1, 9))
+def test_starting_over_holds_from_its_first_write_on(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, operation: int
 ) -> None:
-    """Whatever was set aside already: the newest goes first, so that what is left is a state of the same training."""
+    """Killed before any later write or deletion, it is finished by the next command, and nothing of before counts."""
     train(run, recipe(root_of(run)), 1, 4)
     train(run, recipe(root_of(run)), 5, 8)
     run.write_json(run.evaluation(8), {"perplexity": 7})
-    delete, calls = storage.delete, []
+    run.write_json(run.model_manifest, {"step": 8})
+    calls: list[str] = []
 
-    def once(uri: str) -> None:
-        calls.append(uri)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        delete(uri)
+    def breaking(call: Callable[..., None]) -> Callable[..., None]:
+        def broken(uri: str, *rest: bytes) -> None:
+            calls.append(uri)
+            if len(calls) == operation + 1:
+                raise KeyboardInterrupt
+            call(uri, *rest)
 
-    monkeypatch.setattr(storage, "delete", once)
-    with pytest.raises(KeyboardInterrupt):
-        resume.start_over(run)
-    assert checkpoints.committed_steps(run.checkpoints) == [4]
-    resume.check_past(run, recipe(root_of(run)))
-    resume.start_over(run)
+        return broken
+
+    with monkeypatch.context() as patched:
+        for name in ("write", "delete"):
+            patched.setattr(storage, name, breaking(getattr(storage, name)))
+        with pytest.raises(KeyboardInterrupt):
+            resume.start_over(run, recipe(root_of(run)))
     assert checkpoints.committed_steps(run.checkpoints) == []
+    assert resume.resume_point(run) is None
+    assert run.loss_curve() == {}
+    resume.finish_start_over(run)
+    assert checkpoints.all_steps(run.checkpoints) == []
+    assert not storage.exists(run.model_manifest)
     assert run.read_json(run.path("set-aside", "002", "evaluation", "step-00000008.json")) == {"perplexity": 7}
+
+
+def test_an_attempt_from_before_the_start_over_commits_nothing(run: RunDir) -> None:
+    """It may run on for a while: on a cluster workers outlive their driver."""
+    settings = recipe(root_of(run))
+    train(run, settings, 1, 4)
+    late = checkpoints.read_commit(run.checkpoints, 4)
+    resume.start_over(run, settings)
+    assert not checkpoints._publish(run.checkpoints, late)
+    # It had looked before the start-over, and creates its marker after it.
+    storage.create(storage.join(run.checkpoint(4), checkpoints.COMMITTED), checkpoints._dump(late))
+    assert checkpoints.committed_steps(run.checkpoints) == []
+    assert checkpoints._publish(run.checkpoints, replace(late, attempt=2))
+    assert checkpoints.committed_steps(run.checkpoints) == [4]
+
+
+def test_a_start_over_that_does_not_go_with_the_corpus_sets_nothing_aside(run: RunDir) -> None:
+    train(run, recipe(root_of(run)), 1, 4)
+    with pytest.raises(UserError, match="no training document"):
+        resume.start_over(run, recipe(root_of(run), quarantine=["nope"]))
+    assert checkpoints.committed_steps(run.checkpoints) == [4]
 
 
 def test_a_step_that_was_set_aside_can_be_committed_and_set_aside_again(run: RunDir) -> None:
@@ -394,14 +430,14 @@ def test_a_step_that_was_set_aside_can_be_committed_and_set_aside_again(run: Run
         found = resume.resume_point(run)
         assert found is not None
         assert found.attempt == attempt
-        resume.start_over(run)
+        resume.start_over(run, settings)
 
 
 def test_status_and_report_count_only_what_came_after(run: RunDir) -> None:
     from orchestrator import report, status
 
     train(run, recipe(root_of(run)), 1, 8)
-    resume.start_over(run)
+    resume.start_over(run, recipe(root_of(run)))
     assert status.summarize(run)["step"] == 0
     train(run, recipe(root_of(run)), 1, 4)
     summary = status.summarize(run)
@@ -432,5 +468,5 @@ def test_a_recipe_that_is_refused_leaves_no_trace(run: RunDir) -> None:
         open_run(changed, "changed", check=resume.check_past)
     assert storage.read(run.resolved) == before
     assert not storage.exists(run.path("recipe.yaml"))
-    open_run(changed, "changed", start_over=True, check=resume.check_past)
+    open_run(changed, "changed", start_over=True, check=resume.start_over)
     assert run.recipe() == changed

@@ -154,8 +154,8 @@ def test_the_record_of_the_attempt_that_did_the_step_is_used(run: RunDir) -> Non
 def test_after_starting_over_only_the_new_attempts_tell(run: RunDir) -> None:
     train(run, recipe(root_of(run)), 1, 8)
     before = traced(run, "3")
-    resume.start_over(run)
     again = recipe(root_of(run), seed=1)
+    resume.start_over(run, again)
     open_run(again, start_over=True)
     assert {passage["attempt"] for passage in traced(run, "3")} == {None}
     train(run, again, 1, 4)

@@ -57,8 +57,7 @@ def run_recipe(
         session = _Session(run, recipe, files, console, stack, address)
         if start_over:
             session.connect()  # a plan that fits nowhere is refused before anything is set aside
-        resume.finish_start_over(run)
-        open_run(recipe, source, start_over, resume.start_over if start_over else resume.check_past)
+        open_run(recipe, source, start_over, _begin_anew if start_over else _go_on)
         log.info("run %s; look inside with: terrane status %s", run.uri, run.uri)
         for fault in recipe.faults:
             what = f"{fault.kind}, rank {fault.rank} at step {fault.step}"
@@ -71,6 +70,16 @@ def run_recipe(
             with _timed(run, name):
                 make(session)
     return run
+
+
+def _begin_anew(run: RunDir, recipe: Recipe) -> None:
+    resume.finish_start_over(run)
+    resume.start_over(run, recipe)
+
+
+def _go_on(run: RunDir, recipe: Recipe) -> None:
+    resume.finish_start_over(run)
+    resume.check_past(run, recipe)
 
 
 def check_inputs(recipe: Recipe) -> list[SourceFile]:

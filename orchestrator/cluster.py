@@ -45,13 +45,18 @@ def connection(address: str | None) -> Iterator[None]:
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     folder = tempfile.mkdtemp(prefix="trn-", dir="/tmp")  # short: Ray's sockets live below it, limit 107 characters
     try:
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            _temp_dir=folder,
-            **quiet,
-        )
+        try:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=folder,
+                **quiet,
+            )
+        except Exception as error:
+            if "timed out" not in str(error):  # Ray raises the bare class
+                raise
+            raise RunFailed("Ray did not start in time on this machine", "it is busy: run the same command") from None
         with _disconnecting():
             yield
     finally:

@@ -19,7 +19,7 @@ from orchestrator.data.language import check_languages
 from orchestrator.data.manifest import Manifest, load_manifest
 from orchestrator.data.sources import SourceFile, list_sources
 from orchestrator.data.tokenizer import check_directory
-from orchestrator.errors import RunFailed, UserError
+from orchestrator.errors import Interrupted, RunFailed, UserError
 from orchestrator.planning.shape import check_model_directory
 from orchestrator.runs import RunDir, open_run, run_of
 from orchestrator.train import checkpoints
@@ -310,6 +310,7 @@ def _timed(run: RunDir, stage: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        run.log_event("stage_failed", stage=stage, message=error.message)
+        event = "stage_stopped" if isinstance(error, Interrupted) else "stage_failed"
+        run.log_event(event, stage=stage, message=error.message)
         raise
     run.log_event("stage_finished", stage=stage, seconds=round(time.time() - before, 2))

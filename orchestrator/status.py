@@ -17,7 +17,12 @@ def summarize(run: RunDir) -> dict[str, Any]:
     events, lines = run.events(), run.metric_lines()
     recipe = run.recipe()
     last = max(run.loss_curve().values(), key=lambda line: line["time"], default=None)
-    words = {"stage_started": "begun", "stage_finished": "done", "stage_failed": "failed"}
+    words = {
+        "stage_started": "begun",
+        "stage_finished": "done",
+        "stage_stopped": "stopped",
+        "stage_failed": "failed",
+    }
     begun = max((n for n, event in enumerate(events) if event["event"] == "started_over"), default=0)
     stages = {event["stage"]: words[event["event"]] for event in events[begun:] if event["event"] in words}
     failures = [event["message"] for event in events if event["event"] == "stage_failed"]

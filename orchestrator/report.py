@@ -45,6 +45,7 @@ class Content:
     attempts: list[AttemptRow]
     evaluations: list[Json]
     answers: list[Json]
+    lost_shards: list[Json]
 
 
 def write_report(run: RunDir) -> str:
@@ -77,6 +78,7 @@ def _load(run: RunDir) -> Content:
         attempts=attempt_rows([*claimed, *events], metrics),
         evaluations=[run.read_json(uri) or {} for uri in results],
         answers=(run.read_json(run.answers) or {}).get("answers") or [],
+        lost_shards=run.read_json(run.lost_shards) or [],
     )
 
 
@@ -115,12 +117,25 @@ def _recipe(content: Content) -> Section:
         "parameters": plan.get("parameters"),
         "corpus tokens": flatten(content.manifest).get("splits.train.tokens"),
         **{_words(key): get(f"train.{key}") for key in ("steps", "global_batch_size", "sequence_length")},
+        **_exceptions(content),
         "learning rate": f"{as_text(get('train.lr'))}, {as_text(get('train.schedule'))}",
         "dtype": plan.get("dtype") or get("train.dtype"),
         "workers": _range(get("train.workers.min"), get("train.workers.max")),
     }
     versions = ", ".join(f"{name} {version}" for name, version in content.versions.items())
     return "Recipe", [facts, f"Versions: {versions or 'not recorded'}."]
+
+
+def _exceptions(content: Content) -> Facts:
+    """What training did otherwise than every sample in turn at one batch size."""
+    get = content.recipe.get
+    found = {
+        "batch ramp": ", ".join(f"{s['sequences']} for {s['steps']} steps" for s in get("train.batch_ramp") or []),
+        "steps passed over": ", ".join(f"{first} to {last}" for first, last in get("train.skip_steps") or []),
+        "documents quarantined": ", ".join(get("train.quarantine") or []),
+        "shards lost": ", ".join(shard["name"] for shard in content.lost_shards),
+    }
+    return {name: text for name, text in found.items() if text}
 
 
 def _shape(content: Content) -> Facts:

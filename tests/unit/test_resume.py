@@ -470,3 +470,15 @@ def test_a_recipe_that_is_refused_leaves_no_trace(run: RunDir) -> None:
     assert not storage.exists(run.path("recipe.yaml"))
     open_run(changed, "changed", start_over=True, check=resume.start_over)
     assert run.recipe() == changed
+
+
+def test_the_report_names_what_training_did_otherwise(run: RunDir) -> None:
+    from orchestrator import report
+
+    ramp = [{"steps": 4, "sequences": 3}]
+    settings = recipe(root_of(run), skip_steps=[[6, 7]], quarantine=["a/d1"], batch_ramp=ramp)
+    open_run(settings)
+    train(run, settings, 1, 8)
+    report.write_report(run)
+    page = storage.read(run.report_markdown).decode()
+    assert all(text in page for text in ("3 for 4 steps", "6 to 7", "a/d1"))

@@ -43,6 +43,10 @@ class ShardLost(StorageError):
         return type(self), (self.message, self.hint, self.shard)
 
 
+class DataOrderError(Exception):
+    """Other samples arrived than the schedule says. They are refused; the attempt ends, the next reads them anew."""
+
+
 class RunFailed(UserError):
     """The input was fine and the run still ended without its result: exit code 1."""
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from orchestrator.data.schedule import Role, Schedule, Share
 from orchestrator.data.tasks import RETRIES, quiet_ray_data
-from orchestrator.errors import RunFailed
+from orchestrator.errors import DataOrderError
 
 UNIT_TOKENS = 2**23
 AHEAD_BYTES = 2**26
@@ -43,7 +43,7 @@ def stream(
     """A worker's part of first_step..last_step, one after the other.
 
     Raises:
-        RunFailed: other samples arrived than the schedule says.
+        DataOrderError: other samples arrived than the schedule says, as when Ray Data loses a block.
         ShardLost: a shard is missing or damaged; names it.
     """
     exclusions = schedule.exclusions
@@ -100,7 +100,7 @@ def _verified(block: Any, ids: np.ndarray, unit: _Unit, role: Role) -> np.ndarra
 
     arrived, tokens = unpacked(block)
     if not np.array_equal(arrived, ids):
-        raise RunFailed(
+        raise DataOrderError(
             f"data order broken in steps {unit.steps[0]} to {unit.steps[-1]}, rank {role.rank}: "
             f"got samples {arrived[:4]}..., expected {ids[:4]}..."
         )

@@ -22,7 +22,7 @@ SCHEDULE = Schedule(
         pools=(Pool(0, SAMPLES),),
         stages=(Stage((1.0,)),),
         batches=(Batches(2, 3), Batches(8, 3), Batches(5)),
-        seed=1,
+        seed=7,
         block=8,
     ),
     sequence_length=LENGTH,

@@ -25,7 +25,7 @@ from orchestrator.data.schedule import Role, Schedule, Share
 from orchestrator.data.shard_cache import FOLDER_VARIABLE
 from orchestrator.data.stream import stream
 from orchestrator.data.tasks import RETRIES
-from orchestrator.errors import RunFailed, ShardLost, StorageError
+from orchestrator.errors import DataOrderError, ShardLost, StorageError
 from tests.ray.small_corpus import BATCH, EPOCH, FEW, LENGTH, SHARDS, Corpus, wait_for, write_corpus
 
 
@@ -211,7 +211,8 @@ def test_a_lost_reader_is_not_noticed(corpus: Corpus, monkeypatch: pytest.Monkey
 def test_readers_that_are_lost_every_time_end_the_stream(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """As where mapped pages cannot be read (SIGBUS), or memory is short."""
+    """As where mapped pages cannot be read (SIGBUS), or memory is short. Ray Data says so, or hands on what comes
+    after the lost block, which is refused."""
     read = transport.read_unit
 
     def killed(uri: str, schedule: Schedule, role: Role, steps: range) -> Any:
@@ -221,9 +222,9 @@ def test_readers_that_are_lost_every_time_end_the_stream(
         return read(uri, schedule, role, steps)
 
     monkeypatch.setattr(transport, "read_unit", killed)
-    with pytest.raises(ray.exceptions.WorkerCrashedError):
+    with pytest.raises((ray.exceptions.WorkerCrashedError, DataOrderError)):
         list(stream(corpus.uri, corpus.schedule(), Role(0, (1,)), 1, 9, 1))
-    assert len(list(tmp_path.iterdir())) == 1 + RETRIES
+    assert len(list(tmp_path.iterdir())) <= 1 + RETRIES
 
 
 def test_a_stream_keeps_its_settings_of_ray_data_to_itself(corpus: Corpus) -> None:
@@ -290,7 +291,7 @@ def test_other_samples_than_the_schedule_says_are_refused(
     units = transport.Units
     monkeypatch.setattr(transport, "Units", lambda *given: units(*change(*given)))
     arriving = stream(corpus.uri, corpus.schedule(), Role(1, (1, 1, 1)), 5, 20, 4 * 3 * LENGTH)
-    with pytest.raises(RunFailed, match="steps 5 to 7, rank 1: got samples"):
+    with pytest.raises(DataOrderError, match="steps 5 to 7, rank 1: got samples"):
         next(arriving)
 
 

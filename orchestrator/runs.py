@@ -21,6 +21,9 @@ from orchestrator import storage
 from orchestrator.config import Fault, Recipe, changed_values
 from orchestrator.errors import RunFailed, StorageError, UserError
 
+STARTED_OVER = "started-over.json"
+"""In the directory of the checkpoints, so that who commits and who reads look at the same place."""
+
 
 @dataclass(frozen=True)
 class RunDir:
@@ -60,7 +63,7 @@ class RunDir:
     @property
     def started_over(self) -> str:
         """Where the run was begun anew: the last attempt that no longer counts, and whether all is set aside."""
-        return self.path("checkpoints", "started-over.json")
+        return storage.join(self.checkpoints, STARTED_OVER)
 
     @property
     def model(self) -> str:
@@ -163,8 +166,7 @@ class RunDir:
 
     def last_before_start_over(self) -> int:
         """Number of the last attempt that no longer counts, 0 where all do."""
-        found = self.read_json(self.started_over)
-        return int(found["last_attempt"]) if found else 0
+        return last_before_start_over(self.checkpoints)
 
     def claim_attempt(self, plan: dict[str, Any]) -> int:
         """Take the next attempt number; two drivers never get the same one."""
@@ -252,6 +254,14 @@ def open_run(
     if source is not None:
         storage.write(run.path("recipe.yaml"), source.encode())
     return run
+
+
+def last_before_start_over(checkpoints: str) -> int:
+    """Number of the last attempt whose commits no longer count, 0 where all do."""
+    try:
+        return int(storage.read_json(storage.join(checkpoints, STARTED_OVER))["last_attempt"])
+    except FileNotFoundError:
+        return 0
 
 
 def run_of(recipe: Recipe) -> RunDir:

@@ -93,6 +93,21 @@ class Schedule:
         """Sample ids of a worker for some steps, one after the other, int64."""
         return self.order.of_rank(steps, role.rank, role.shares)
 
+    def share(self, step: int, role: Role, tokens: np.ndarray | None) -> Share:
+        """A worker's part of a step, of its tokens as the shards hold them: the filler stands for excluded ones."""
+        counted = None
+        if tokens is not None and self.exclusions:
+            counted = self.exclusions.counted(self.ids([step], role), self.sequence_length)
+        if tokens is not None and counted is not None:
+            tokens = np.where(counted, tokens, tokens.dtype.type(self.exclusions.filler))
+        return Share(
+            step=step,
+            tokens=tokens,
+            counted=counted,
+            targets=self.targets(step),
+            largest=self.largest(step, role.shares),
+        )
+
     def past(self, step: int) -> dict[str, Any]:
         """All that decided what the steps up to this one consumed. Exclusions are no part of it: they come as things
         break, and every attempt records its own."""

@@ -46,22 +46,10 @@ def stream(
         DataOrderError: other samples arrived than the schedule says, as when Ray Data loses a block.
         ShardLost: a shard is missing or damaged; names it.
     """
-    exclusions = schedule.exclusions
     with closing(_arriving(corpus, schedule, role, first_step, last_step, unit_tokens)) as arriving:
         for step in range(first_step, last_step + 1):
-            tokens = counted = None
-            if role.reads and not schedule.skips(step):
-                ids, tokens = next(arriving)
-                counted = exclusions.counted(ids, schedule.sequence_length) if exclusions else None
-                if counted is not None:
-                    tokens = np.where(counted, tokens, tokens.dtype.type(exclusions.filler))
-            yield Share(
-                step=step,
-                tokens=tokens,
-                counted=counted,
-                targets=schedule.targets(step),
-                largest=schedule.largest(step, role.shares),
-            )
+            wanted = role.reads and not schedule.skips(step)
+            yield schedule.share(step, role, next(arriving) if wanted else None)
 
 
 def _arriving(
@@ -71,19 +59,17 @@ def _arriving(
     first_step: int,
     last_step: int,
     unit_tokens: int,
-) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
-    """(sample ids, their tokens) of every step that is not passed over."""
+) -> Generator[np.ndarray, None, None]:
+    """The tokens of every step that is not passed over, [sequences, sequence_length]."""
     units = list(_units(schedule, role, first_step, last_step, unit_tokens))
     with closing(_blocks(corpus, schedule, role, [unit for unit in units if unit.size])) as blocks:
         for unit in units:
-            ids = schedule.ids(unit.steps, role)
             if unit.size:
-                tokens = _verified(next(blocks), ids, unit, role)
+                tokens = _verified(next(blocks), schedule.ids(unit.steps, role), unit, role)
             else:  # more replicas than sequences
                 tokens = np.empty((0, schedule.sequence_length), np.uint16)
             for place in range(len(unit.steps)):
-                mine = slice(place * unit.size, (place + 1) * unit.size)
-                yield ids[mine], tokens[mine]
+                yield tokens[place * unit.size : (place + 1) * unit.size]
 
 
 def _units(schedule: Schedule, role: Role, first_step: int, last_step: int, unit_tokens: int) -> Iterator[_Unit]:

@@ -20,11 +20,10 @@ from typing import Any
 
 from orchestrator import storage
 from orchestrator.errors import RunFailed, StorageError, UserError
+from orchestrator.runs import last_before_start_over
 
 COMMITTED = "COMMITTED"
 FORMAT = 2
-STARTED_OVER = "started-over.json"
-"""The last attempt that no longer counts. Beside the steps, so that a commit and a reader look at the same place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,14 +83,6 @@ def all_steps(checkpoints: str) -> list[int]:
     """Steps with a commit, in order, those from before the run began anew among them."""
     found = [name.split("/") for name in storage.list_files(checkpoints)]
     return sorted(int(parts[0].removeprefix("step-")) for parts in found if parts[1:] == [COMMITTED])
-
-
-def last_before_start_over(checkpoints: str) -> int:
-    """Number of the last attempt whose commits no longer count, 0 where all do."""
-    try:
-        return int(storage.read_json(storage.join(checkpoints, STARTED_OVER))["last_attempt"])
-    except FileNotFoundError:
-        return 0
 
 
 def _attempt_of(checkpoints: str, step: int) -> float:

@@ -49,13 +49,13 @@ def train_worker(values: dict[str, Any]) -> None:
     """Ray Train calls it in every worker of an attempt. It returns at the last step, or early when asked to stop."""
     job = Job(**values)
     recipe, plan, run = Recipe.model_validate(job.recipe), Plan(**job.plan), RunDir(job.run)
-    rank, world_size = _ray_rank()
+    rank = _ray_rank()
     with _log_file(run, job.attempt, rank):
         accelerators.prepare_process(accelerators.ACCELERATORS[plan.accelerator])
-        _train(job, recipe, plan, run, rank, world_size)
+        _train(job, recipe, plan, run, rank)
 
 
-def _train(job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int, world_size: int) -> None:
+def _train(job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int) -> None:
     from orchestrator.data.manifest import load_manifest
     from orchestrator.data.stream import stream
     from orchestrator.train.learning_rate import learning_rate
@@ -131,11 +131,10 @@ def _inject_faults(recipe: Recipe, run: RunDir, rank: int, step: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _ray_rank() -> tuple[int, int]:
+def _ray_rank() -> int:
     import ray.train
 
-    context = ray.train.get_context()
-    return context.get_world_rank(), context.get_world_size()
+    return int(ray.train.get_context().get_world_rank())
 
 
 class StopRequest:

@@ -58,19 +58,8 @@ class Case:
 
 def share_of(step: int, role: Role) -> Share:
     """What orchestrator.data.stream gives, without Ray."""
-    tokens = counted = None
-    if not SCHEDULE.skips(step):
-        ids = SCHEDULE.ids([step], role)
-        tokens, counted = samples(ids), SCHEDULE.exclusions.counted(ids, LENGTH)
-        if counted is not None:
-            tokens = np.where(counted, tokens, np.uint16(FILLER))
-    return Share(
-        step=step,
-        tokens=tokens,
-        counted=counted,
-        targets=SCHEDULE.targets(step),
-        largest=SCHEDULE.largest(step, role.shares),
-    )
+    tokens = None if SCHEDULE.skips(step) else samples(SCHEDULE.ids([step], role))
+    return SCHEDULE.share(step, role, tokens)
 
 
 def samples(ids: np.ndarray) -> np.ndarray:

@@ -23,7 +23,7 @@ from orchestrator.errors import RunFailed, StorageError, UserError
 from orchestrator.runs import last_before_start_over
 
 COMMITTED = "COMMITTED"
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from orchestrator.accelerators import Accelerator
 from orchestrator.config import TrainConfig
 from orchestrator.data.schedule import Share
 from orchestrator.planning.search import Plan
-from orchestrator.train import checkpoints, fragments
+from orchestrator.train import checkpoints, zero
 from orchestrator.train.models import parameter_groups, token_loss_sum
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -81,15 +81,15 @@ class Engine:
 
     def save(self, directory: str, attempt: int, parent: int | None, position: checkpoints.Position) -> Any:
         """Commit a checkpoint; see checkpoints.save."""
-        state = fragments.engine_fragments(self._engine)
+        state = zero.engine_fragments(self._engine)
         return checkpoints.save(directory, attempt, parent, position, state)
 
     def load(self, directory: str, commit: checkpoints.Commit) -> None:
         """Take over the state of a checkpoint that any layout wrote."""
         with torch.no_grad():
-            checkpoints.load(directory, commit, fragments.engine_fragments(self._engine))
-            fragments.set_step(self._engine, commit.position.updates)
-            fragments.refresh_parameters(self._engine)
+            checkpoints.load(directory, commit, zero.engine_fragments(self._engine))
+            zero.set_step(self._engine, commit.position.updates)
+            zero.refresh_parameters(self._engine)
 
 
 def micro_batches(share: Share, accumulation: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:

@@ -23,13 +23,13 @@ def export(run: RunDir, recipe: Recipe, manifest: Manifest, commit: Commit, targ
     import torch
 
     from orchestrator.train import checkpoints
-    from orchestrator.train.fragments import Fragment
+    from orchestrator.train.fragments import Box, Fragment
     from orchestrator.train.models import base_model
 
     model = base_model(recipe, manifest.vocab_size, torch.float32)
     with torch.no_grad():
         fragments = [
-            Fragment(name, 0, parameter.numel(), {"param": parameter.data.view(-1)})
+            Fragment(name, tuple(parameter.shape), Box.whole(parameter.shape), {"param": parameter.data})
             for name, parameter in model.named_parameters()
         ]
         checkpoints.load(run.checkpoints, commit, fragments)

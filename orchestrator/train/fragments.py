@@ -1,77 +1,94 @@
 """Fragments: training state in terms of parameter names, free of the layout that holds it.
 
-A fragment is a range of a flattened fp32 parameter with the optimizer's moments of the same range. Any world size and
-ZeRO stage is just another set of fragments over the same names. Imports no Ray.
+A rank holds, of some parameters, a rectangle (tensor parallelism), and of that rectangle a range of its flattened
+elements (ZeRO). A range of a rectangle is at most three rectangles of a matrix, in the coordinates of the whole
+parameter: these are the fragments. Any layout is just another set of them over the same names. Imports no Ray.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+PARAM, MOMENTS = "param", ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle of a tensor."""
+
+    offsets: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.lengths)
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        return tuple(slice(o, o + n) for o, n in zip(self.offsets, self.lengths, strict=True))
+
+    @staticmethod
+    def whole(shape: tuple[int, ...] | torch.Size) -> Box:
+        return Box((0,) * len(shape), tuple(shape))
 
 
 @dataclass(frozen=True, eq=False)
 class Fragment:
     name: str
     """Parameter name in the Hugging Face model."""
-    start: int
-    """Offset of the range in the flattened parameter, in elements."""
-    numel: int
+    shape: tuple[int, ...]
     """Of the whole parameter."""
+    box: Box
+    """What of it this is."""
     tensors: dict[str, torch.Tensor]
-    """`param`, `exp_avg`, `exp_avg_sq`: 1-D fp32 views of the live state, all of one length."""
+    """`param` and, where there is an optimizer, `exp_avg` and `exp_avg_sq`: fp32 views of the live state, each of the
+    shape of the box."""
 
 
-def engine_fragments(engine: Any) -> list[Fragment]:
-    """The fragments that this rank of a DeepSpeed ZeRO-1 or ZeRO-2 engine owns.
+def fragments_of(
+    name: str, shape: tuple[int, ...], part: Box, start: int, tensors: dict[str, torch.Tensor]
+) -> list[Fragment]:
+    """The fragments of a range of a rank's part of a parameter.
 
-    Before the first step the moments do not exist yet; they are made here as zeros, which is what they would be.
+    Args:
+        part: what the rank holds of the parameter; what of it lies past the parameter's end (padding) is left out.
+        start: of the range, in elements of the flattened part.
+        tensors: 1-D, of the length of the range.
     """
-    _link_moments(engine.optimizer)
-    fragments = []
-    for name, parameter in engine.module.named_parameters():
-        mapping = getattr(parameter, "_hp_mapping", None)
-        if mapping is None:  # another rank's
-            continue
-        address = mapping.lp_fragment_address
-        tensors = {"param": mapping.get_hp_fragment()} | {key: mapping.get_hp_fragment(key) for key in MOMENTS}
-        fragments.append(Fragment(name, address.start, parameter.numel(), tensors))
-    return fragments
+    (length,) = {len(tensor) for tensor in tensors.values()}
+    found = []
+    for box, first in rectangles(part.lengths, start, length):
+        offsets = tuple(p + o for p, o in zip(part.offsets, box.offsets, strict=True))
+        inside = tuple(min(n, max(s - o, 0)) for n, s, o in zip(box.lengths, shape, offsets, strict=True))
+        if math.prod(inside):
+            cut = tuple(slice(n) for n in inside)
+            views = {kind: t[first : first + box.numel].view(box.lengths)[cut] for kind, t in tensors.items()}
+            found.append(Fragment(name, tuple(shape), Box(offsets, inside), views))
+    return found
 
 
-def set_step(engine: Any, step: int) -> None:
-    """Tell the optimizer how many steps its moments have seen: Adam's bias correction depends on it."""
-    for state in engine.optimizer.optimizer.state.values():
-        state["step"] = torch.tensor(float(step))
-
-
-def refresh_parameters(engine: Any) -> None:
-    """Make every rank's working parameters equal to the fp32 fragments, after these were written."""
-    from deepspeed.runtime.utils import all_gather_dp_groups
-
-    zero = engine.optimizer
-    for parameter in engine.module.parameters():
-        if getattr(parameter, "_hp_mapping", None) is not None:
-            parameter._hp_mapping.update_lp()
-    all_gather_dp_groups(
-        groups_flat=zero.bit16_groups_flat,
-        partitioned_param_groups=zero.parallel_partitioned_bit16_groups,
-        dp_process_group=zero.real_dp_process_group,
-        start_alignment_factor=zero.nccl_start_alignment_factor,
-        allgather_bucket_size=zero.allgather_bucket_size,
-    )
-    for group in range(len(zero.bit16_groups)):
-        zero._update_model_bit16_weights(group)
-
-
-def _link_moments(zero: Any) -> None:
-    for flat in zero.single_partition_of_fp32_groups:
-        state = zero.optimizer.state[flat]
-        if not state:
-            state["step"] = torch.tensor(0.0)
-            state |= {key: torch.zeros_like(flat) for key in MOMENTS}
-    zero._lazy_init_hp_params_optimizer_state()
+def rectangles(shape: tuple[int, ...], start: int, length: int) -> Iterator[tuple[Box, int]]:
+    """A range of a flattened tensor as rectangles of it, each with where it begins within the range."""
+    if not length:
+        return
+    if len(shape) <= 1:
+        yield (Box((start,), (length,)) if shape else Box((), ())), 0
+        return
+    row = math.prod(shape[1:])
+    first, end = start // row, (start + length - 1) // row + 1
+    head, tail = start - first * row, end * row - (start + length)
+    if end - first > 1 and (head or tail):  # a part of the first row, whole rows, a part of the last
+        cuts = sorted({start, start + (row - head) % row, start + length - (row - tail) % row, start + length})
+        for begin, stop in itertools.pairwise(cuts):
+            for box, offset in rectangles(shape, begin, stop - begin):
+                yield box, begin - start + offset
+    elif head or tail:
+        for box, offset in rectangles(shape[1:], head, length):
+            yield Box((first, *box.offsets), (1, *box.lengths)), offset
+    else:
+        yield Box((first,) + (0,) * (len(shape) - 1), (end - first, *shape[1:])), 0

@@ -1,4 +1,4 @@
-"""torch.distributed.checkpoint planners for fragments: each is a 1-D chunk of its flattened parameter."""
+"""torch.distributed.checkpoint planners for fragments: each is a chunk of its parameter, in its coordinates."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 from typing import Any
 
 import torch
+from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint import (
     DefaultLoadPlanner,
     DefaultSavePlanner,
@@ -38,13 +39,13 @@ class FragmentSavePlanner(DefaultSavePlanner):
     def __init__(self, fragments: list[Fragment]) -> None:
         super().__init__(dedup_save_to_lowest_rank=False)
         self._tensors = {
-            MetadataIndex(key(kind, fragment.name), [fragment.start]): (fragment.numel, tensor)
+            MetadataIndex(key(kind, fragment.name), fragment.box.offsets): (fragment.shape, tensor)
             for fragment in fragments
             for kind, tensor in fragment.tensors.items()
         }
 
     def create_local_plan(self) -> SavePlan:
-        items = [_write_item(index, numel, t) for index, (numel, t) in self._tensors.items()]
+        items = [_write_item(index, shape, t) for index, (shape, t) in self._tensors.items()]
         self.plan = SavePlan(items, planner_data={})
         return self.plan
 
@@ -59,7 +60,7 @@ class FragmentLoadPlanner(DefaultLoadPlanner):
         super().__init__()
         self._fragments = fragments
         self._targets = {
-            (key(kind, fragment.name), fragment.start): tensor
+            (key(kind, fragment.name), fragment.box.offsets): (fragment.shape, tensor)
             for fragment in fragments
             for kind, tensor in fragment.tensors.items()
         }
@@ -67,41 +68,43 @@ class FragmentLoadPlanner(DefaultLoadPlanner):
     def create_local_plan(self) -> LoadPlan:
         assert self.metadata is not None
         items: list[ReadItem] = []
-        for (fqn, start), tensor in self._targets.items():
+        for (fqn, offsets), (shape, tensor) in self._targets.items():
             stored = self.metadata.state_dict_metadata.get(fqn)
             if not isinstance(stored, TensorStorageMetadata):
                 raise RunFailed(f"the checkpoint holds no {fqn}")
-            chunk = ChunkStorageMetadata(torch.Size([start]), torch.Size([tensor.numel()]))
+            if tuple(stored.size) != shape:
+                raise RunFailed(f"the checkpoint's {fqn} is {list(stored.size)}, the model's {list(shape)}")
+            chunk = ChunkStorageMetadata(torch.Size(offsets), tensor.shape)
             found = create_read_items_for_chunk_list(fqn, stored, [chunk])
-            if sum(item.lengths[0] for item in found) != tensor.numel():
-                raise RunFailed(f"the checkpoint holds {stored.size[0]} elements of {fqn}, {tensor.numel()} wanted")
+            if sum(item.lengths.numel() for item in found) != tensor.numel():
+                raise RunFailed(f"the checkpoint does not cover {fqn}")
             items += found
         return LoadPlan(items)
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
         fqn, offset = read_item.dest_index.fqn, read_item.dest_index.offset
         assert offset is not None
-        target = self._targets[fqn, offset[0]].detach()
-        return target.narrow(0, read_item.dest_offsets[0], read_item.lengths[0])
+        target = self._targets[fqn, tuple(offset)][1].detach()
+        return narrow_tensor_by_index(target, read_item.dest_offsets, read_item.lengths)
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
         """Nothing to do: resolve_tensor gave a view of the live state."""
 
 
-def _write_item(index: MetadataIndex, numel: int, tensor: torch.Tensor) -> WriteItem:
+def _write_item(index: MetadataIndex, shape: tuple[int, ...], tensor: torch.Tensor) -> WriteItem:
     assert index.offset is not None
-    chunk = ChunkStorageMetadata(index.offset, torch.Size([tensor.numel()]))
-    data = TensorWriteData(chunk, TensorProperties.create_from_tensor(tensor), torch.Size([numel]))
+    chunk = ChunkStorageMetadata(index.offset, tensor.shape)
+    data = TensorWriteData(chunk, TensorProperties.create_from_tensor(tensor), torch.Size(shape))
     return WriteItem(index, WriteItemType.SHARD, tensor_data=data)
 
 
-def stored_sizes(metadata: Metadata) -> dict[str, int]:
-    """Parameter name -> number of elements, for every parameter in a checkpoint."""
+def stored_shapes(metadata: Metadata) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter in a checkpoint, by name."""
     return {
-        fqn.removeprefix("param/"): int(stored.size[0])
+        fqn.removeprefix("param/"): tuple(stored.size)
         for fqn, stored in metadata.state_dict_metadata.items()
         if fqn.startswith("param/") and isinstance(stored, TensorStorageMetadata)
     }
 
 
-__all__: list[Any] = ["FragmentLoadPlanner", "FragmentSavePlanner", "key", "stored_sizes"]
+__all__: list[Any] = ["FragmentLoadPlanner", "FragmentSavePlanner", "key", "stored_shapes"]

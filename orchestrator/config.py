@@ -213,6 +213,24 @@ class BatchStretch(Section):
     """A step."""
 
 
+class LayoutConfig(Section):
+    """How the model is laid over the devices. A checkpoint of one layout goes on in any other."""
+
+    tensor_parallel: Count = 1
+    """Devices of one node that share every layer."""
+    pipeline_stages: Count = 1
+    layers_per_stage: tuple[Count, ...] = ()
+    """Decoder blocks of each pipeline stage; the embedding goes with the first and the head with the last. Empty splits
+    them evenly."""
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    """What DeepSpeed ZeRO splits over the replicas: 1 optimizer state, 2 gradients too, 3 parameters too. Without it 2,
+    and 1 under tensor or pipeline parallelism."""
+    offload: bool = False
+    """Keep the optimizer's state in host memory."""
+    recompute: bool = False
+    """Keep only the inputs of decoder blocks for the backward pass, and compute the rest again."""
+
+
 class TrainConfig(Section):
     sequence_length: int = Field(default=2048, ge=8)
     """Tokens."""
@@ -230,6 +248,11 @@ class TrainConfig(Section):
     clip_norm: float = Field(default=1.0, gt=0)
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto takes bf16 where the device computes it natively, else fp16, and fp32 on a CPU."""
+    layout: LayoutConfig = LayoutConfig()
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """sdpa takes torch's fastest kernel that fits, which is flash attention on recent GPUs."""
+    keep_documents_apart: bool = False
+    """Tokens attend only to their own document, in sequences that hold several."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     checkpoint_every: int = Field(default=100, ge=1)
     """Steps."""
@@ -324,6 +347,9 @@ MUTABLE = (
     "serving",
     "faults",
     "train.workers",
+    "train.layout",
+    "train.dtype",
+    "train.attention",
     "train.cpus_per_worker",
     "train.checkpoint_every",
     "train.keep_checkpoints",

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from orchestrator.accelerators import NodePool
 from orchestrator.config import Recipe, TrainConfig
+from orchestrator.data.schedule import Role
 from orchestrator.errors import PlanError
 from orchestrator.planning.memory import Memory, worker_memory
 from orchestrator.planning.shape import ModelShape
@@ -27,7 +28,13 @@ class Plan:
     data_parallel: int
     pipeline_stages: int = 1
     tensor_parallel: int = 1
+    layers_per_stage: tuple[int, ...] = ()
+    """Decoder blocks; the embedding goes with the first and the head with the last. Empty: all in one stage."""
     zero_stage: int = 2
+    offload: bool = False
+    """Keep the optimizer's state in host memory."""
+    recompute: bool = False
+    """Keep the inputs of decoder blocks only, and compute the rest again in the backward pass."""
     micro_batch_size: int
     """Sequences."""
     accumulation: int
@@ -45,6 +52,22 @@ class Plan:
     @property
     def workers(self) -> int:
         return self.data_parallel * self.pipeline_stages * self.tensor_parallel
+
+    def coordinates(self, rank: int) -> tuple[int, int, int]:
+        """(pipeline stage, data-parallel rank, tensor-parallel rank) of a worker: those of a tensor-parallel group are
+        neighbours."""
+        replica, tensor_rank = divmod(rank, self.tensor_parallel)
+        return *divmod(replica, self.data_parallel), tensor_rank
+
+    def role(self, rank: int) -> Role:
+        stage, data_rank, tensor_rank = self.coordinates(rank)
+        return Role(data_rank, self.shares, stage, self.pipeline_stages, tensor_rank)
+
+    def blocks(self, stage: int, layers: int) -> range:
+        """The decoder blocks of a pipeline stage, of a model with so many."""
+        counts = self.layers_per_stage or (layers,)
+        first = sum(counts[:stage])
+        return range(first, first + counts[stage])
 
     @property
     def shares(self) -> tuple[int, ...]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from orchestrator.config import ModelConfig, TrainConfig
+from orchestrator.config import TrainConfig
 from orchestrator.data.exclusions import Exclusions, LostShard, Run
 from orchestrator.data.order import Batches, Order, Pool, Stage
 from orchestrator.data.schedule import Role, Schedule, Share
+from orchestrator.train.fragments import Box
 
 LENGTH, VOCAB, SAMPLES, FILLER = 32, 300, 64, 2
 STEPS = 9
@@ -38,7 +40,7 @@ SCHEDULE = Schedule(
     ),
 )
 CONFIG = TrainConfig(sequence_length=LENGTH, global_batch_size=8, steps=100, lr=3e-3, clip_norm=0.8)
-MODEL = ModelConfig(layers=2, hidden_size=32, heads=2)
+LAYERS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,17 @@ class Case:
     """One engine's way through the schedule."""
 
     shares: tuple[int, ...]
+    """Of the replicas."""
+    stages: tuple[int, ...] = ()
+    """Decoder blocks of each pipeline stage."""
+    tensor: int = 1
     zero: int = 2
+    offload: bool = False
+    recompute: bool = False
+    dtype: str = "fp32"
+    family: str = "galactica"
+    apart: bool = False
+    """Documents do not see each other."""
     micro_batch: int = 2
     load: int = 0
     """The step to go on after; 0: from the beginning."""
@@ -54,6 +66,10 @@ class Case:
     save: tuple[int, ...] = ()
     """Commit after these steps."""
     attempt: int = 1
+
+    @property
+    def ranks(self) -> int:
+        return len(self.shares) * max(len(self.stages), 1) * self.tensor
 
 
 def share_of(step: int, role: Role) -> Share:
@@ -68,9 +84,40 @@ def samples(ids: np.ndarray) -> np.ndarray:
     return (starts[:, None] + np.arange(LENGTH)).astype(np.uint16)
 
 
-def model() -> Any:
+def configuration(family: str = "galactica") -> Any:
+    """Of a small model of a family, as transformers has it."""
+    from transformers import LlamaConfig, MistralConfig, OPTConfig, Qwen2Config, Qwen3Config
+
+    small = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+    opt = small | {"word_embed_proj_dim": 32, "ffn_dim": 64, "max_position_embeddings": LENGTH, "dropout": 0.0}
+    gated = small | {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64}
+    if family == "galactica":
+        return OPTConfig(**opt, activation_function="gelu", enable_bias=False, layer_norm_elementwise_affine=False)
+    if family == "opt":
+        return OPTConfig(**opt | {"word_embed_proj_dim": 16, "do_layer_norm_before": False})
+    kind = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[family]
+    window = {"sliding_window": 12} if family == "mistral" else {}
+    return kind(
+        **gated, **window, tie_word_embeddings=family == "qwen2", **({"head_dim": 8} if family == "qwen3" else {})
+    )
+
+
+@functools.cache
+def model(family: str = "galactica") -> Any:
+    """The same in every process."""
     import torch
+    from transformers import AutoModelForCausalLM
 
-    from orchestrator.train.models import build_model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return AutoModelForCausalLM.from_config(configuration(family), dtype=torch.float32)
 
-    return build_model(MODEL, vocab_size=VOCAB, sequence_length=LENGTH, seed=1, dtype=torch.float32)
+
+class ModelWeights:
+    """The weights of a model in memory, as the engine asks for them."""
+
+    def __init__(self, model: Any) -> None:
+        self._parameters = dict(model.named_parameters())
+
+    def read(self, name: str, box: Box) -> Any:
+        return self._parameters[name].detach()[box.slices]

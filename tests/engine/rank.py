@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from typing import Any
 
 from orchestrator import accelerators
@@ -18,30 +19,32 @@ import deepspeed  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from orchestrator.data.schedule import Role  # noqa: E402
 from orchestrator.errors import UserError  # noqa: E402
 from orchestrator.planning.search import Plan  # noqa: E402
 from orchestrator.train import checkpoints  # noqa: E402
 from orchestrator.train.engine import Engine  # noqa: E402
-from tests.engine.cases import CONFIG, SCHEDULE, Case, model, share_of  # noqa: E402
+from tests.engine.cases import CONFIG, FILLER, SCHEDULE, Case, ModelWeights, configuration, model, share_of  # noqa: E402
 
 
 def trained(case: Case, directory: str) -> dict[str, Any]:
     """{step: (loss, norm)} of the steps that were not passed over, as the worker's loop goes through them."""
     rank = dist.get_rank()
-    role = Role(rank, tuple(case.shares))
-    engine = Engine(model(), CONFIG, plan_of(case), accelerators.CPU)
+    plan = plan_of(case)
+    role = plan.role(rank)
+    engine = Engine(configuration(case.family), CONFIG, plan, accelerators.CPU, FILLER if case.apart else None)
     updates = 0
+    if not case.load:
+        engine.start(ModelWeights(model(case.family)))
     if case.load:
         commit = checkpoints.read_commit(directory, case.load)
         engine.load(directory, commit)
         updates = commit.position.updates
     losses = {}
     for step in range(case.load + 1, case.last + 1):
-        share = share_of(step, role)
+        share = share_of(step, replace(role, tensor_rank=0))
         if share.targets:
             last = step == case.last
-            result = engine.step(share, CONFIG.lr, flag=last and rank == len(case.shares) - 1)
+            result = engine.step(share, CONFIG.lr, flag=last and rank == case.ranks - 1)
             assert result.flag == last, "a flag of any rank reaches all"
             losses[step] = (result.loss, result.grad_norm)
             updates += 1
@@ -60,12 +63,17 @@ def plan_of(case: Case) -> Plan:
         node_ids=(),
         whole_cluster=True,
         data_parallel=len(case.shares),
+        pipeline_stages=max(len(case.stages), 1),
+        tensor_parallel=case.tensor,
+        layers_per_stage=tuple(case.stages),
         zero_stage=case.zero,
+        offload=case.offload,
+        recompute=case.recompute,
         micro_batch_size=case.micro_batch,
         accumulation=max(
             -(-SCHEDULE.largest(step, tuple(case.shares)) // case.micro_batch) for step in range(1, case.last + 1)
         ),
-        dtype="fp32",
+        dtype=case.dtype,
         parameters=0,
         memory_bytes=0,
         step_time_s=0,

@@ -22,7 +22,7 @@ Losses = dict[int, tuple[float, float]]
 
 def trained(directory: str, *cases: Case) -> list[dict[str, Any]]:
     """What became of each case; all are of one world size, and share the seconds that a start takes."""
-    return torchrun("rank.py", len(cases[0].shares), directory, json.dumps([asdict(case) for case in cases]))
+    return torchrun("rank.py", cases[0].ranks, directory, json.dumps([asdict(case) for case in cases]))
 
 
 def losses_of(result: dict[str, Any]) -> Losses:

@@ -57,6 +57,19 @@ def galactica_config(config: ModelConfig, vocab_size: int, sequence_length: int)
     )
 
 
+def meta_model(config: Any) -> Any:
+    """The modules of a causal language model without storage, from a config of transformers."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def parameter_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """By name, tied parameters once."""
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay; vectors (norms and biases) do not."""
     trained = [p for p in model.parameters() if p.requires_grad]

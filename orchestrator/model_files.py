@@ -1,9 +1,11 @@
-"""The files of a Hugging Face model directory, from their headers alone: a driver checks a model without loading it."""
+"""The files of a Hugging Face model directory: its configuration, and its tensors by their headers.
+
+A driver checks a model with them and neither loads it nor imports torch.
+"""
 
 from __future__ import annotations
 
 import json
-import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import UserError
+from orchestrator.planning.families import FAMILIES, NEEDED, embedding_name, is_tied, parameter_shapes
 
 BASE_PREFIX = "model."
 """Of parameter names in a causal language model; a bare decoder's files lack it, and both are accepted."""
@@ -19,6 +22,9 @@ HEAD = "lm_head.weight"
 
 DTYPES = ("F32", "F16", "BF16")
 """Of safetensors, that weights may be stored in."""
+
+BLOCK = 2**22
+"""Bytes that are compared at a time."""
 
 _NOT_PARAMETERS = (".rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias")
 """Buffers that older versions of Transformers stored beside the parameters."""
@@ -31,10 +37,63 @@ class StoredTensor:
     """In the file."""
     shape: tuple[int, ...]
     dtype: str
+    start: int
+    """Of its values, in the file."""
+    stop: int
 
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
+
+def check_model(folder: Path) -> dict[str, Any]:
+    """The config.json of a model that training can begin from.
+
+    Raises:
+        UserError: says what is missing, damaged or of a kind that Terrane does not know.
+    """
+    values = read_config(folder)
+    embedding = embedding_name(values) if is_tied(values) else None
+    found = locate(folder, parameter_shapes(values), embedding)
+    head = stored_tensors(folder).get(HEAD)
+    if embedding and head and not _same(head, found[embedding]):
+        message = f"model.path: {folder} has an output embedding of its own, which its config.json ties to the input's"
+        raise UserError(message, "set tie_word_embeddings to false in config.json, or delete lm_head.weight")
+    return values
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The values of a config.json, those of an Aquila as the Llama that it is.
+
+    Raises:
+        UserError: it is missing, no JSON, or of another family than those that Terrane trains.
+    """
+    if not folder.is_dir():
+        hint = "give a directory, or a model of the Hugging Face hub as org/name@revision"
+        raise UserError(f"model.path: no directory at {folder}", hint)
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"model.path: {folder} has no config.json", "give a Hugging Face model directory")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"model.path: {file} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"model.path: {file} is no configuration")
+    values = _without_aquila(values)
+    family = values.get("model_type")
+    if family not in FAMILIES:
+        known = f"{', '.join(FAMILIES)} and aquila"
+        raise UserError(f"model.path: {file} is of the family {family}", f"Terrane trains {known}")
+    if missing := [key for key in NEEDED[family] if not isinstance(values.get(key), int)]:
+        raise UserError(f"model.path: {file} has no {', '.join(missing)}", "is it the configuration of a whole model?")
+    if values.get("quantization_config"):
+        raise UserError(f"model.path: {folder} is quantized", "train the model that it was made from")
+    return values
+
+
+def _without_aquila(values: dict[str, Any]) -> dict[str, Any]:
+    """Aquila and Aquila2 (BAAI, 2023) are Llama in layout and tensor names, with code of their own beside them."""
+    if values.get("model_type") != "aquila":
+        return values
+    kept = {key: value for key, value in values.items() if key not in ("auto_map", "architectures")}
+    return {**kept, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -89,7 +148,8 @@ def _weight_files(folder: Path) -> list[Path]:
     if not index.is_file():
         files = sorted(folder.glob("*.safetensors"))
         if not files:
-            raise UserError(f"model.path: {folder} has no *.safetensors", "save the model with safetensors")
+            hint = "save the model with safetensors: pickles such as *.bin and *.pt may run code"
+            raise UserError(f"model.path: {folder} has no *.safetensors", hint)
         return files
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -111,12 +171,31 @@ def _header(file: Path) -> list[StoredTensor]:
                 raise ValueError("its header is longer than the file")
             header: dict[str, Any] = json.loads(stream.read(length))
         header.pop("__metadata__", None)
-        end = max((int(tensor["data_offsets"][1]) for tensor in header.values()), default=0)
-        if 8 + length + end > file.stat().st_size:
+        found = [_tensor(file, name, tensor, 8 + length) for name, tensor in header.items()]
+        if max((tensor.stop for tensor in found), default=0) > file.stat().st_size:
             raise ValueError("it is cut short")
-        return [
-            StoredTensor(file=file, name=name, shape=tuple(tensor["shape"]), dtype=tensor["dtype"])
-            for name, tensor in header.items()
-        ]
+        return found
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise UserError(f"model.path: {file} is no safetensors file: {error}", "is it a git-lfs pointer?") from None
+
+
+def _tensor(file: Path, name: str, header: dict[str, Any], base: int) -> StoredTensor:
+    first, last = header["data_offsets"]
+    shape = tuple(header["shape"])
+    return StoredTensor(file=file, name=name, shape=shape, dtype=header["dtype"], start=base + first, stop=base + last)
+
+
+def _same(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors hold the same bytes."""
+    if (one.file, one.start) == (other.file, other.start):
+        return True
+    if one.stop - one.start != other.stop - other.start:
+        return False
+    with one.file.open("rb") as left, other.file.open("rb") as right:
+        left.seek(one.start)
+        right.seek(other.start)
+        for done in range(0, one.stop - one.start, BLOCK):
+            count = min(BLOCK, one.stop - one.start - done)
+            if left.read(count) != right.read(count):
+                return False
+    return True

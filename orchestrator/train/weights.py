@@ -14,9 +14,13 @@ from typing import Any, Protocol
 import torch
 import xxhash
 
-from orchestrator.model_files import locate
+from orchestrator.config import ModelConfig
+from orchestrator.data.tokenizer import vocabulary_size
+from orchestrator.hub import model_directory
+from orchestrator.model_files import HEAD, locate, read_config
+from orchestrator.planning.families import embedding_name, is_tied
 from orchestrator.train.fragments import Box
-from orchestrator.train.models import meta_model, parameter_shapes
+from orchestrator.train.models import config_object, meta_model, model_config, parameter_shapes
 
 BLOCK = 2**20
 """Elements that are drawn from one generator: a rank draws what it holds, and little more."""
@@ -29,6 +33,27 @@ class Weights(Protocol):
 
     def read(self, name: str, box: Box) -> torch.Tensor:
         """A part of a parameter: fp32, of the shape of the box, the caller's own."""
+
+
+def open_weights(config: ModelConfig, vocab_size: int, sequence_length: int, seed: int) -> Weights:
+    """What a recipe's model begins from.
+
+    Args:
+        vocab_size: of the tokenizer, added tokens included.
+
+    Raises:
+        UserError: `model.path` does not hold what its config.json says.
+    """
+    if not config.path:
+        return RandomWeights(model_config(config, vocab_size, sequence_length), seed)
+    folder = model_directory(config)
+    values = read_config(folder)
+    weights = DirectoryWeights(folder, config_object(values))
+    known = min(vocabulary_size(str(folder)), values["vocab_size"])
+    if vocab_size <= known:
+        return weights
+    names = {embedding_name(values)} | ({HEAD} if not is_tied(values) else set())
+    return ResizedWeights(weights, names, known=known, rows=max(vocab_size, values["vocab_size"]))
 
 
 class RandomWeights:
@@ -83,9 +108,8 @@ class DirectoryWeights:
         """
         model = meta_model(config)
         self.shapes = parameter_shapes(model)
-        tied = config.tie_word_embeddings
         embedding = next(n for n, p in model.named_parameters() if p is model.get_input_embeddings().weight)
-        self._places = locate(Path(path), self.shapes, embedding if tied else None)
+        self._places = locate(Path(path), self.shapes, embedding if config.tie_word_embeddings else None)
 
     def read(self, name: str, box: Box) -> torch.Tensor:
         from safetensors import safe_open
@@ -93,3 +117,48 @@ class DirectoryWeights:
         place = self._places[name]
         with safe_open(str(place.file), framework="pt") as tensors:  # for each box anew: nothing stays mapped
             return torch.empty(box.lengths).copy_(tensors.get_slice(place.name)[box.slices])
+
+
+class ResizedWeights:
+    """Of a model whose tokenizer has learned new tokens: their rows are the mean of the rows of the old ones.
+
+    So the new tokens change the probabilities of the old ones by little, where random rows may take nearly all of it
+    (Hewitt, "Initializing New Word Embeddings for Pretrained Language Models", 2021).
+    """
+
+    def __init__(self, base: Weights, names: set[str], *, known: int, rows: int) -> None:
+        """
+        Args:
+            names: of the matrices with a row a token.
+            known: tokens before, whose rows stay. Rows past them that a model has for padding are new ones too.
+            rows: of the new matrices.
+        """
+        self._base = base
+        self._known = known
+        self.shapes = {n: (rows, *shape[1:]) if n in names else shape for n, shape in base.shapes.items()}
+        self._means: dict[str, torch.Tensor | None] = dict.fromkeys(names)
+
+    def read(self, name: str, box: Box) -> torch.Tensor:
+        if name not in self._means:
+            return self._base.read(name, box)
+        first, columns = box.offsets[0], box.lengths[1:]
+        old = max(0, min(box.lengths[0], self._known - first))
+        values = torch.empty(box.lengths)
+        if old:
+            values[:old] = self._base.read(name, Box(box.offsets, (old, *columns)))
+        if old < len(values):
+            values[old:] = self._mean(name)[box.slices[1]]
+        return values
+
+    def _mean(self, name: str) -> torch.Tensor:
+        """Of the rows of the old tokens, in pieces, each rank for itself."""
+        mean = self._means[name]
+        if mean is None:
+            width = self.shapes[name][1]
+            total = torch.zeros(width, dtype=torch.float64)
+            rows = max(1, BLOCK // width)
+            for first in range(0, self._known, rows):
+                piece = Box((first, 0), (min(rows, self._known - first), width))
+                total += self._base.read(name, piece).sum(0, dtype=torch.float64)
+            mean = self._means[name] = (total / self._known).float()
+        return mean

@@ -16,41 +16,7 @@ from orchestrator.errors import UserError
 from orchestrator.train.fragments import Box
 from orchestrator.train.weights import DirectoryWeights, RandomWeights, Weights
 from tests.conftest import ROOT
-
-SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-ROTARY = {**SIZES, "num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64}
-FAMILIES = {
-    "opt": {**SIZES, "ffn_dim": 48, "max_position_embeddings": 64, "word_embed_proj_dim": 16},
-    "galactica": {
-        **SIZES,
-        "model_type": "opt",
-        "ffn_dim": 128,
-        "enable_bias": False,
-        "layer_norm_elementwise_affine": False,
-    },
-    "llama": ROTARY,
-    "qwen2": {**ROTARY, "tie_word_embeddings": True},
-    "qwen3": {**ROTARY, "head_dim": 16},
-    "mistral": ROTARY,
-}
-
-
-def config_of(family: str, **changes: Any) -> Any:
-    from transformers import CONFIG_MAPPING
-
-    values = {"model_type": family, "pad_token_id": 1, **FAMILIES[family], **changes}
-    return CONFIG_MAPPING[values.pop("model_type")](**values)
-
-
-def model_of(config: Any) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_()
-    return model
+from tests.model_directories import FAMILIES, config_of, model_of
 
 
 def boxes(shape: tuple[int, ...]) -> list[Box]:

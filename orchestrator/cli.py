@@ -149,10 +149,11 @@ def plan(recipe: RecipePath, overrides: Overrides = None, address: Address = Non
 
     from orchestrator import cluster, supervisor
     from orchestrator.config import load_recipe
+    from orchestrator.hub import pinned
     from orchestrator.runs import run_of
     from orchestrator.stages import check_inputs
 
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = pinned(load_recipe(recipe, overrides or []))
     check_inputs(loaded)
     with cluster.connection(address):
         found = supervisor.make_plan(run_of(loaded), loaded)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import sysconfig
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -31,6 +32,30 @@ def _settled_path(path: str) -> str:
         raise ValueError(str(error)) from None
 
 
+_HUB_MODEL = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*@[\w./-]+")
+
+
+def is_hub_model(path: str) -> bool:
+    """Whether a `model.path` is `org/name@revision`."""
+    return _HUB_MODEL.fullmatch(path) is not None
+
+
+def _settled_model(path: str) -> str:
+    return path if is_hub_model(path) else _settled_path(path)
+
+
+def _settled_tokens(tokens: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    if isinstance(tokens, str):
+        return tokens if tokens == "galactica" else _settled_path(tokens)
+    if blank := [token for token in tokens if token != token.strip() or "\n" in token]:
+        raise ValueError(f"{blank[0]!r} has blanks around it")
+    if len(set(tokens)) != len(tokens):
+        raise ValueError("a token stands there twice")
+    return tokens
+
+
+ModelPath = Annotated[str, Field(min_length=1), AfterValidator(_settled_model)]
+AddedTokens = Annotated[str, Field(min_length=1)] | tuple[Annotated[str, Field(min_length=1)], ...]
 InputPath = Annotated[str, Field(min_length=1), AfterValidator(_settled_path)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -168,7 +193,11 @@ class CorpusConfig(Section):
 
 class TokenizerConfig(Section):
     path: InputPath | None = None
-    """A Hugging Face tokenizer directory; without one a byte-level BPE is trained on the corpus."""
+    """A Hugging Face tokenizer directory; without one it is that of `model.path`, or a byte-level BPE trained on the
+    corpus."""
+    add: Annotated[AddedTokens, AfterValidator(_settled_tokens)] = ()
+    """Tokens for the tokenizer of `model.path` to learn: `galactica` for the special tokens of Galactica, a list of
+    tokens, or a file with one a line. Their embeddings begin as the mean of all others (Hewitt, 2021)."""
     vocab_size: int = Field(default=50_000, ge=300)
     """Of the trained tokenizer, special tokens included."""
     sample_mib: int = Field(default=64, ge=1)
@@ -176,18 +205,43 @@ class TokenizerConfig(Section):
 
 
 class ModelConfig(Section):
-    path: InputPath | None = None
-    """A Hugging Face model directory to adapt. Without one a model is made from random weights."""
-    architecture: Literal["galactica"] = "galactica"
-    """Decoder of the Galactica family (OPT layout, GeLU, no biases, learned positions)."""
+    path: ModelPath | None = None
+    """A model to adapt, of the families OPT (Galactica), Llama, Qwen2, Qwen3, Mistral and Aquila: a Hugging Face
+    directory, on a path that every node has, or `org/name@revision` of the Hugging Face hub or the mirror that
+    HF_ENDPOINT names. Without it, a model is made from random weights."""
+    commit: Annotated[str, Field(pattern="^[0-9a-f]{40}$")] | None = None
+    """Of a model of the hub: what its revision meant when the run began. A run finds and keeps it by itself."""
+    preset: Literal["galactica-125m", "galactica-1.3b", "galactica-6.7b", "galactica-30b", "galactica-120b"] | None = (
+        None
+    )
+    """A published size of Galactica, in place of the keys below."""
+    architecture: Literal["galactica", "llama", "qwen2", "qwen3", "mistral"] = "galactica"
+    """Decoder family. Galactica is an OPT with GeLU, no biases and learned positions; the others have rotary positions
+    and gated feed-forward networks."""
     layers: int = Field(default=12, ge=1)
     hidden_size: int = Field(default=768, ge=8)
     heads: int = Field(default=12, ge=1)
+    kv_heads: Count | None = None
+    """Heads of keys and values, each shared by heads/kv_heads of queries; as many as heads unless given."""
+    ffn_size: Count | None = None
+    """Inner size of the feed-forward networks; 4 x hidden_size unless given, 8/3 of it where they are gated."""
+    tied_embeddings: bool = False
+    """Whether input and output embeddings are one matrix. Galactica's always are."""
 
     @model_validator(mode="after")
-    def heads_divide_hidden(self) -> Self:
+    def sizes_divide(self) -> Self:
         if self.hidden_size % self.heads:
             raise ValueError(f"heads={self.heads} does not divide hidden_size={self.hidden_size}")
+        if self.kv_heads and self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}")
+        rotary = self.architecture != "galactica"
+        if rotary and self.hidden_size // self.heads % 2:
+            raise ValueError(f"rotary positions need heads of an even size, not {self.hidden_size // self.heads}")
+        if not rotary and (self.kv_heads or self.tied_embeddings):
+            key = "kv_heads" if self.kv_heads else "tied_embeddings"
+            raise ValueError(f"{key} is not for galactica: it has as many heads of keys as of queries, and ties")
+        if self.commit and not (self.path and is_hub_model(self.path)):
+            raise ValueError("commit is for a model.path of the hub, as in org/name@main")
         return self
 
 
@@ -364,6 +418,10 @@ MUTABLE = (
 )
 
 
+SIZES = ("architecture", "layers", "hidden_size", "heads", "kv_heads", "ffn_size", "tied_embeddings")
+"""Keys of a model that is made from random weights."""
+
+
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Read a recipe and apply dotted overrides (`train.lr=1e-4`).
 
@@ -382,14 +440,22 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def _refuse_idle_keys(document: Document, recipe: Recipe) -> None:
-    """What a given model or tokenizer decides must not stand beside it, where it would do nothing."""
-    given = "model.path" if recipe.model.path else "tokenizer.path" if recipe.tokenizer.path else None
-    idle = [("tokenizer", key) for key in ("vocab_size", "sample_mib") if given]
-    idle += [("model", key) for key in ("architecture", "layers", "hidden_size", "heads") if recipe.model.path]
-    for section, key in idle:
+    """What a given model, preset or tokenizer decides must not stand beside it, where it would do nothing."""
+    model, tokenizer = recipe.model, recipe.tokenizer
+    given = "model.path" if model.path else "model.preset" if model.preset else None
+    read = "model.path" if model.path else "tokenizer.path" if tokenizer.path else None
+    idle = [("tokenizer", key, read) for key in ("vocab_size", "sample_mib") if read]
+    idle += [("model", key, given) for key in SIZES if given]
+    idle += [("model", "preset", "model.path")] if model.path else []
+    for section, key, reason in idle:
         if key in (document.values.get(section) or {}):
             place = document.place_of((section, key))
-            raise UserError(f"{place} {section}.{key} does nothing beside {given}", f"delete {section}.{key}")
+            raise UserError(f"{place} {section}.{key} does nothing beside {reason}", f"delete {section}.{key}")
+    if tokenizer.add and (tokenizer.path or not model.path):
+        place = document.place_of(("tokenizer", "add"))
+        reason = "beside tokenizer.path" if tokenizer.path else "without model.path"
+        hint = "it extends the tokenizer of model.path; a tokenizer that is trained has Galactica's tokens anyway"
+        raise UserError(f"{place} tokenizer.add does nothing {reason}", hint)
 
 
 def changed_values(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

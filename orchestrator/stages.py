@@ -18,9 +18,10 @@ from orchestrator.data.evaluation_sets import list_evaluation_sets
 from orchestrator.data.language import check_languages
 from orchestrator.data.manifest import Manifest, load_manifest
 from orchestrator.data.sources import SourceFile, list_sources
-from orchestrator.data.tokenizer import check_directory
+from orchestrator.data.tokenizer import added_tokens, check_directory, given_tokenizer
 from orchestrator.errors import Interrupted, RunFailed, UserError
-from orchestrator.planning.shape import check_model_directory
+from orchestrator.hub import model_directory, pinned
+from orchestrator.model_files import check_model
 from orchestrator.runs import RunDir, open_run, run_of
 from orchestrator.train import checkpoints
 
@@ -50,6 +51,7 @@ def run_recipe(
         RunFailed: a stage ended without its result.
     """
     console = console or Console()
+    recipe = pinned(recipe)
     files = check_inputs(recipe)
     run = run_of(recipe)
     with ExitStack() as stack:
@@ -92,10 +94,11 @@ def check_inputs(recipe: Recipe) -> list[SourceFile]:
     check_languages(recipe.corpus.languages)
     list_evaluation_sets(recipe.corpus.decontaminate)
     if recipe.model.path:
-        check_model_directory(recipe.model.path)
-    given = recipe.tokenizer.path or recipe.model.path
+        check_model(model_directory(recipe.model))
+    given = given_tokenizer(recipe)
     if given:
-        check_directory(given)
+        check_directory(str(given))
+    added_tokens(recipe.tokenizer)
     return files
 
 

@@ -96,13 +96,8 @@ def supervise(run: RunDir, recipe: Recipe, on_step: Callable[[dict[str, Any]], N
 def make_plan(run: RunDir, recipe: Recipe) -> Plan:
     """The plan for the devices alive now."""
     manifest = load_manifest(run.corpus)
-    given = recipe.tokenizer.path or recipe.model.path
-    if manifest:
-        vocab_size = manifest.vocab_size
-    else:
-        vocab_size = tokenizer.vocabulary_size(given) if given else recipe.tokenizer.vocab_size
-    shape = model_shape(recipe.model, vocab_size, recipe.train.sequence_length)
-    return plan(recipe, shape, cluster.node_pools())
+    vocab_size = manifest.vocab_size if manifest else tokenizer.planned_vocabulary(recipe)
+    return plan(recipe, model_shape(recipe, vocab_size), cluster.node_pools())
 
 
 def request_stop(run: RunDir, reason: str) -> None:

@@ -24,6 +24,7 @@ from orchestrator.data.tokenizer import (
     OPERATORS,
     characters,
     check_directory,
+    embedding_rows,
     guard,
     sequences,
     splits_spans,
@@ -223,7 +224,7 @@ class Encoder:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.end = end
-        self.vocab_size = int(tokenizer.get_vocab_size(with_added_tokens=True))
+        self.vocab_size = embedding_rows(tokenizer)
         self._tokenizer = tokenizer
         self._guards = splits_spans(tokenizer)
         self._units = _units(tokenizer)

@@ -44,7 +44,7 @@ def corpus_inputs(recipe: Recipe) -> str:
     # Of a mixture the shards know only that there is one, which keeps the sources apart: its weights may change.
     apart = bool(recipe.corpus.mixture)
     plain = recipe.model_copy(update={"corpus": recipe.corpus.model_copy(update={"mixture": ()})})
-    digest = plain.digest_of("corpus", "tokenizer", "model.path", "train.sequence_length")
+    digest = plain.digest_of("corpus", "tokenizer", "model.path", "model.commit", "train.sequence_length")
     return f"{digest}-by-source" if apart else digest
 
 
@@ -132,14 +132,16 @@ def _tokenizer(
     recipe: Recipe, corpus: CorpusDir, found: Duplicates, facts: Sequence[UnitFacts], progress: Progress
 ) -> str:
     """Directory of the tokenizer in the corpus: a copy of the user's, or one trained on a sample of the corpus."""
-    inputs = recipe.digest_of("tokenizer", "model.path").encode()
+    inputs = recipe.digest_of("tokenizer", "model.path", "model.commit").encode()
     if storage.exists(corpus.tokenizer_inputs) and storage.read(corpus.tokenizer_inputs) == inputs:
         return corpus.tokenizer
-    given = recipe.tokenizer.path or recipe.model.path
+    given = tokenizers.given_tokenizer(recipe)
     storage.delete(corpus.tokenizer)
     if given:
         with TemporaryDirectory(prefix="terrane-") as folder:
-            tokenizers.load(given).save_pretrained(folder)
+            tokenizer = tokenizers.load(given)
+            tokenizers.extend(tokenizer, recipe.tokenizer)
+            tokenizer.save_pretrained(folder)
             storage.upload_directory(Path(folder), corpus.tokenizer)
     else:
         _train_tokenizer(recipe, corpus, found, sum(fact.characters for fact in facts), progress)

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from orchestrator.config import Recipe, TokenizerConfig
 from orchestrator.errors import UserError
+from orchestrator.hub import model_directory
 
 # In this order, ids 0-22 (Taylor et al., "Galactica: A Large Language Model for Science", 2022, and its release).
 SPECIAL_TOKENS = (
@@ -161,15 +163,22 @@ def check_directory(path: str) -> None:
         )
 
 
-def vocabulary_size(path: str) -> int:
-    """Entries of the tokenizer in a directory, added tokens included."""
+def vocabulary_size(path: str, added: Iterable[str] = ()) -> int:
+    """Rows that the embedding of a directory's tokenizer needs, with the tokens to be added: past its highest id."""
     from tokenizers import Tokenizer
 
     file = Path(path) / "tokenizer.json"
     try:
-        return int(Tokenizer.from_file(str(file)).get_vocab_size(with_added_tokens=True))
+        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer.add_tokens(list(added))
     except Exception as error:  # the library raises the bare class
         raise UserError(f"{file} is no tokenizer: {error}") from None
+    return embedding_rows(tokenizer)
+
+
+def embedding_rows(tokenizer: Any) -> int:
+    """One past the highest id of a tokenizer (of tokenizers): some leave ids out."""
+    return int(max(tokenizer.get_vocab(with_added_tokens=True).values())) + 1
 
 
 def load(path: str | Path) -> Any:
@@ -177,6 +186,49 @@ def load(path: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(str(path))
+
+
+def given_tokenizer(recipe: Recipe) -> Path | None:
+    """Directory, on this node, of the tokenizer that a recipe gives; None where one is trained."""
+    if recipe.tokenizer.path:
+        return Path(recipe.tokenizer.path)
+    return model_directory(recipe.model) if recipe.model.path else None
+
+
+def planned_vocabulary(recipe: Recipe) -> int:
+    """Entries of the tokenizer that a recipe's corpus will have: of one that is trained, at most."""
+    given = given_tokenizer(recipe)
+    return vocabulary_size(str(given), added_tokens(recipe.tokenizer)) if given else recipe.tokenizer.vocab_size
+
+
+def added_tokens(config: TokenizerConfig) -> list[str]:
+    """What a given tokenizer is to learn; it may know some of them.
+
+    Raises:
+        UserError: the file of them is missing or empty, or names one twice.
+    """
+    if not isinstance(config.add, str):
+        return list(config.add)
+    if config.add == "galactica":
+        return list(SPECIAL_TOKENS[4:])  # its own <s> <pad> </s> <unk> are the model's business
+    try:
+        lines = Path(config.add).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        hint = "give a file with a token a line"
+        raise UserError(f"tokenizer.add: {config.add} cannot be read: {error}", hint) from None
+    found = [line.strip() for line in lines if line.strip()]
+    if not found or len(set(found)) != len(found):
+        what = "names a token twice" if found else "names no token"
+        raise UserError(f"tokenizer.add: {config.add} {what}", "give each token a line of its own")
+    return found
+
+
+def extend(tokenizer: Any, config: TokenizerConfig) -> None:
+    """Teach a tokenizer (of transformers) the tokens of `tokenizer.add`: each is one id wherever its text stands.
+
+    Galactica's are special: text without special tokens leaves them out, as it does with Galactica's own tokenizer.
+    """
+    tokenizer.add_tokens(added_tokens(config), special_tokens=config.add == "galactica")
 
 
 def document_end(tokenizer: Any) -> int:

@@ -1,18 +1,16 @@
-"""The shape of a model, counted tensor by tensor, from a recipe or a Hugging Face directory. No torch."""
+"""The shape of a model, counted tensor by tensor, from a recipe or a config.json. No torch."""
 
 from __future__ import annotations
 
-import json
-import struct
+import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from orchestrator.config import ModelConfig
+from orchestrator.config import ModelConfig, Recipe
 from orchestrator.errors import UserError
-
-_OPT_POSITION_OFFSET = 2
-CONFIG_KEYS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+from orchestrator.hub import model_directory
+from orchestrator.model_files import read_config
+from orchestrator.planning.families import config_values, kv_heads, parameter_shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,88 +21,54 @@ class ModelShape:
     vocab_size: int
     parameters: int
     """Distinct elements: tied tensors count once."""
+    kv_heads: int | None = None
+    """Heads of keys and values, where they are fewer than heads."""
 
 
-def model_shape(config: ModelConfig, vocab_size: int, sequence_length: int) -> ModelShape:
+def model_shape(recipe: Recipe, vocab_size: int) -> ModelShape:
     """
+    Args:
+        vocab_size: of the tokenizer, added tokens included.
+
     Raises:
-        UserError: `model.path` is no model directory, or too small for the tokenizer or the sequence length.
+        UserError: `model.path` is no model, or too small for the tokenizer or the sequence length.
     """
-    if config.path:
-        return _directory_shape(Path(config.path), vocab_size, sequence_length)
-    hidden = config.hidden_size
-    embeddings = (vocab_size + sequence_length + _OPT_POSITION_OFFSET) * hidden
-    blocks = config.layers * (4 * hidden * hidden + 2 * hidden * 4 * hidden)
+    values = model_values(recipe.model, vocab_size, recipe.train.sequence_length)
+    _check_vocabulary(recipe, vocab_size)
     return ModelShape(
-        layers=config.layers,
-        hidden_size=hidden,
-        heads=config.heads,
-        vocab_size=vocab_size,
-        parameters=embeddings + blocks,
+        layers=values["num_hidden_layers"],
+        hidden_size=values["hidden_size"],
+        heads=values["num_attention_heads"],
+        vocab_size=values["vocab_size"],
+        parameters=sum(math.prod(shape) for shape in parameter_shapes(values).values()),
+        kv_heads=kv_heads(values) if kv_heads(values) != values["num_attention_heads"] else None,
     )
 
 
-def check_model_directory(path: str) -> dict[str, Any]:
-    """The parsed config.json of a Hugging Face model directory.
+def model_values(model: ModelConfig, vocab_size: int, sequence_length: int) -> dict[str, Any]:
+    """The config.json of the model that is trained: with rows for every entry of the tokenizer, unpadded.
 
     Raises:
-        UserError: says what the directory lacks.
+        UserError: `model.path` is no model, or the model has fewer positions than sequences have tokens.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise UserError(f"model.path: no directory at {path}", "download the model first; give its directory")
-    if not (folder / "config.json").is_file():
-        raise UserError(f"model.path: {path} has no config.json", "give a Hugging Face model directory")
-    if not list(folder.glob("*.safetensors")):
-        raise UserError(f"model.path: {path} has no *.safetensors", "save the model with safetensors: .bin runs code")
-    try:
-        values = json.loads((folder / "config.json").read_text())
-    except ValueError as error:
-        raise UserError(f"model.path: {folder}/config.json is not JSON: {error}") from None
-    missing = [key for key in CONFIG_KEYS if not isinstance(values, dict) or key not in values]
-    if missing:
-        message = f"model.path: {folder}/config.json has no {', '.join(missing)}"
-        raise UserError(message, "decoder-only models in the layout of OPT or Llama are supported")
-    return dict(values)
-
-
-def _directory_shape(folder: Path, vocab_size: int, sequence_length: int) -> ModelShape:
-    values = check_model_directory(str(folder))
+    if not model.path:
+        return config_values(model, vocab_size, sequence_length)
+    values = read_config(model_directory(model))
     positions = values.get("max_position_embeddings")
     if positions and sequence_length > positions:
         raise UserError(
-            f"train.sequence_length={sequence_length} is more than the {positions} positions of {folder}",
+            f"train.sequence_length={sequence_length} is more than the {positions} positions of {model.path}",
             f"use {positions} or less",
         )
-    if vocab_size > values["vocab_size"]:
+    return {**values, "vocab_size": max(vocab_size, values["vocab_size"])}
+
+
+def _check_vocabulary(recipe: Recipe, vocab_size: int) -> None:
+    if not recipe.model.path or recipe.tokenizer.add:
+        return
+    rows = read_config(model_directory(recipe.model))["vocab_size"]
+    if vocab_size > rows:
         raise UserError(
-            f"the tokenizer has {vocab_size} entries, the model {folder} embeds {values['vocab_size']}",
-            "use the model's own tokenizer (leave tokenizer.path out)",
+            f"the tokenizer has {vocab_size} entries, the model {recipe.model.path} embeds {rows}",
+            "use the model's own tokenizer (leave tokenizer.path out), and name new tokens in tokenizer.add",
         )
-    return ModelShape(
-        layers=int(values["num_hidden_layers"]),
-        hidden_size=int(values["hidden_size"]),
-        heads=int(values["num_attention_heads"]),
-        vocab_size=int(values["vocab_size"]),
-        parameters=sum(_elements(file) for file in sorted(folder.glob("*.safetensors"))),
-    )
-
-
-def _elements(file: Path) -> int:
-    """Elements of all tensors of a safetensors file, from its header (8 bytes of length, then JSON)."""
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > file.stat().st_size:
-                raise ValueError("its header is longer than the file")
-            header = json.loads(stream.read(length))
-    except (ValueError, struct.error) as error:
-        raise UserError(f"model.path: {file} is no safetensors file: {error}", "is it a git-lfs pointer?") from None
-    total = 0
-    for name, tensor in header.items():
-        if name != "__metadata__":
-            count = 1
-            for dimension in tensor["shape"]:
-                count *= dimension
-            total += count
-    return total

@@ -7,12 +7,16 @@ from typing import Any
 import torch
 
 from orchestrator.config import ModelConfig, Recipe
+from orchestrator.planning.shape import model_values
+from orchestrator.train.fragments import Box
 
 NOT_A_TARGET = -100
 
+FOR_TRAINING = {"dropout": 0.0, "attention_dropout": 0.0, "layerdrop": 0.0, "use_cache": False}
+
 
 def base_model(recipe: Recipe, vocab_size: int, dtype: torch.dtype) -> Any:
-    """The model that a recipe starts from."""
+    """The model that a recipe starts from, whole."""
     train = recipe.train
     return build_model(
         recipe.model, vocab_size=vocab_size, sequence_length=train.sequence_length, seed=train.seed, dtype=dtype
@@ -20,41 +24,48 @@ def base_model(recipe: Recipe, vocab_size: int, dtype: torch.dtype) -> Any:
 
 
 def build_model(config: ModelConfig, *, vocab_size: int, sequence_length: int, seed: int, dtype: torch.dtype) -> Any:
-    """The model before the first step, equal in every process: read from `model.path`, or made from `seed`.
+    """The model before the first step, equal in every process.
 
     Args:
-        vocab_size: of the tokenizer; a loaded model must cover it.
+        vocab_size: of the tokenizer; what the model at `model.path` does not embed of it begins as the mean.
     """
-    from transformers import AutoModelForCausalLM, OPTForCausalLM
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
-    if config.path:
-        return AutoModelForCausalLM.from_pretrained(config.path, dtype=dtype)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return OPTForCausalLM(galactica_config(config, vocab_size, sequence_length)).to(dtype)
+    from orchestrator.train.weights import open_weights
+
+    weights = open_weights(config, vocab_size, sequence_length, seed)
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(model_config(config, vocab_size, sequence_length), dtype=dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights.read(name, Box.whole(parameter.shape)))
+    return model
 
 
-def galactica_config(config: ModelConfig, vocab_size: int, sequence_length: int) -> Any:
-    """Galactica as an OPT: GeLU, no biases, no affine layer norms, pre-norm, learned positions, no dropout."""
-    from transformers import OPTConfig
+def model_config(config: ModelConfig, vocab_size: int, sequence_length: int) -> Any:
+    """The configuration of transformers for training: without dropout, and without a cache of keys and values."""
+    return config_object({**model_values(config, vocab_size, sequence_length), **FOR_TRAINING})
 
-    return OPTConfig(
-        vocab_size=vocab_size,
-        hidden_size=config.hidden_size,
-        word_embed_proj_dim=config.hidden_size,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        ffn_dim=4 * config.hidden_size,
-        max_position_embeddings=sequence_length,
-        activation_function="gelu",
-        enable_bias=False,
-        layer_norm_elementwise_affine=False,
-        dropout=0.0,
-        attention_dropout=0.0,
-        bos_token_id=0,
-        pad_token_id=1,
-        eos_token_id=2,
-    )
+
+def config_object(values: dict[str, Any]) -> Any:
+    """The configuration of transformers that the values of a config.json mean."""
+    from transformers import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[values["model_type"]].from_dict(values)
+
+
+def meta_model(config: Any) -> Any:
+    """The modules of a causal language model without storage, from a config of transformers."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def parameter_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """By name, tied parameters once."""
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -1,19 +1,17 @@
 from __future__ import annotations
 
 import json
-import struct
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from orchestrator import cluster
 from orchestrator.accelerators import Node, NodePool
-from orchestrator.config import ModelConfig, Recipe
+from orchestrator.config import Recipe
 from orchestrator.errors import PlanError, UserError
 from orchestrator.planning.memory import worker_memory
 from orchestrator.planning.search import Plan, plan
-from orchestrator.planning.shape import ModelShape, model_shape
+from orchestrator.planning.shape import ModelShape
 from orchestrator.planning.throughput import PLATFORMS, step_time_s
 
 GIB = 2**30
@@ -115,65 +113,6 @@ def test_a_plan_survives_json() -> None:
     found = plan(recipe(), SMALL, [pool()])
     values = json.loads(json.dumps(vars(found)))
     assert Plan(**{**values, "node_ids": tuple(values["node_ids"]), "losers": tuple(values["losers"])}) == found
-
-
-# Taylor et al., "Galactica: A Large Language Model for Science" (2022), table 5.
-@pytest.mark.parametrize(
-    ("layers", "hidden", "heads", "billions"),
-    [(12, 768, 12, 0.125), (24, 2048, 32, 1.3), (32, 4096, 32, 6.7), (48, 7168, 56, 30), (96, 10240, 80, 120)],
-)
-def test_galactica_sizes_have_their_published_parameters(layers: int, hidden: int, heads: int, billions: float) -> None:
-    config = ModelConfig(layers=layers, hidden_size=hidden, heads=heads)
-    assert model_shape(config, 50_000, 2048).parameters == pytest.approx(billions * 1e9, rel=0.04)
-
-
-def model_directory(folder: Path, **config: Any) -> Path:
-    folder.mkdir()
-    values = {"num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 10, **config}
-    (folder / "config.json").write_text(json.dumps(values))
-    header = json.dumps({"a": {"shape": [3, 4]}, "b": {"shape": []}, "__metadata__": {"x": "y"}}).encode()
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
-    return folder
-
-
-def test_a_model_directory_is_counted_from_its_tensors(tmp_path: Path) -> None:
-    folder = model_directory(tmp_path / "m")
-    assert model_shape(ModelConfig(path=str(folder)), 10, 256).parameters == 13
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("config.json", b"{"),
-        ("config.json", b'{"n_layer": 2}'),
-        ("model.safetensors", b""),
-        ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
-    ],
-)
-def test_a_model_directory_of_another_kind_is_refused(tmp_path: Path, name: str, content: bytes) -> None:
-    folder = model_directory(tmp_path / "m")
-    (folder / name).write_bytes(content)
-    with pytest.raises(UserError, match=r"model\.path"):
-        model_shape(ModelConfig(path=str(folder)), 10, 8)
-
-
-@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
-def test_an_unfinished_model_directory_is_refused(tmp_path: Path, missing: str) -> None:
-    folder = model_directory(tmp_path / "m")
-    (folder / missing).unlink()
-    with pytest.raises(UserError, match="has no"):
-        model_shape(ModelConfig(path=str(folder)), 10, 256)
-
-
-def test_a_sequence_past_the_positions_is_refused(tmp_path: Path) -> None:
-    folder = model_directory(tmp_path / "m", max_position_embeddings=128)
-    with pytest.raises(UserError, match="more than the 128 positions"):
-        model_shape(ModelConfig(path=str(folder)), 10, 256)
-
-
-def test_a_tokenizer_that_the_model_does_not_embed_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="has 11 entries"):
-        model_shape(ModelConfig(path=str(model_directory(tmp_path / "m"))), 11, 8)
 
 
 def ray_node(**values: Any) -> dict[str, Any]:

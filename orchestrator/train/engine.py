@@ -20,6 +20,7 @@ from orchestrator.data.schedule import Share
 from orchestrator.planning.search import Plan
 from orchestrator.train import checkpoints, zero
 from orchestrator.train.models import parameter_groups, token_loss_sum
+from orchestrator.train.saver import Saver, Timing
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -79,10 +80,9 @@ class Engine:
             loss=loss_sum / share.targets, grad_norm=math.nan if norm is None else float(norm), flag=flags > 0
         )
 
-    def save(self, directory: str, attempt: int, parent: int | None, position: checkpoints.Position) -> Any:
-        """Commit a checkpoint; see checkpoints.save."""
-        state = zero.engine_fragments(self._engine)
-        return checkpoints.save(directory, attempt, parent, position, state)
+    def save(self, saver: Saver, position: checkpoints.Position, held_out_loss: float | None = None) -> Timing:
+        """Begin to commit a checkpoint; see Saver.save."""
+        return saver.save(position, zero.engine_fragments(self._engine), held_out_loss)
 
     def load(self, directory: str, commit: checkpoints.Commit) -> None:
         """Take over the state of a checkpoint that any layout wrote."""

@@ -22,8 +22,10 @@ from orchestrator.data.schedule import Role  # noqa: E402
 from orchestrator.errors import UserError  # noqa: E402
 from orchestrator.planning.search import Plan  # noqa: E402
 from orchestrator.train import checkpoints  # noqa: E402
+from orchestrator.train.checkpoints import Retention  # noqa: E402
 from orchestrator.train.engine import Engine  # noqa: E402
-from tests.engine.cases import CONFIG, SCHEDULE, Case, model, share_of  # noqa: E402
+from orchestrator.train.saver import Saver  # noqa: E402
+from tests.engine.cases import CONFIG, SCHEDULE, STEPS, Case, model, share_of  # noqa: E402
 
 
 def trained(case: Case, directory: str) -> dict[str, Any]:
@@ -37,6 +39,7 @@ def trained(case: Case, directory: str) -> dict[str, Any]:
         engine.load(directory, commit)
         updates = commit.position.updates
     losses = {}
+    saver = Saver(directory, case.attempt, Retention(last=STEPS), lambda commit, timing: None)
     for step in range(case.load + 1, case.last + 1):
         share = share_of(step, role)
         if share.targets:
@@ -47,10 +50,11 @@ def trained(case: Case, directory: str) -> dict[str, Any]:
             updates += 1
         if step in case.save:
             position = checkpoints.Position(step=step, updates=updates, past=SCHEDULE.past(step))
-            try:
-                engine.save(directory, case.attempt, None, position)
-            except UserError as error:
-                return {"losses": losses, "refused": error.message}
+            engine.save(saver, position)
+    try:
+        saver.wait()
+    except UserError as error:
+        return {"losses": losses, "refused": error.message}
     return {"losses": losses}
 
 

@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import ROOT
 
 PACKAGES = ("orchestrator", "jobs", "serve")
-ENGINE = ("engine", "fragments", "zero", "checkpoints", "planners", "models", "replicas")
+ENGINE = ("engine", "fragments", "zero", "checkpoints", "planners", "fragment_files", "saver", "models", "replicas")
 
 
 def imports(file: Path, top_level_only: bool = False) -> set[str]:

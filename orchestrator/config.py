@@ -311,6 +311,11 @@ class TrainConfig(Section):
     checkpoint_every: int = Field(default=100, ge=1)
     """Steps."""
     keep_checkpoints: int = Field(default=2, ge=1)
+    """The newest ones."""
+    keep_every: int | None = Field(default=None, ge=1)
+    """Steps. Checkpoints of its multiples are kept for good."""
+    keep_best: bool = False
+    """Keep the checkpoint of the least held-out loss, too."""
     workers: Workers = Workers()
     """A number, or {min, max}. One worker drives one device."""
     cpus_per_worker: float = Field(default=1.0, gt=0)
@@ -407,6 +412,8 @@ MUTABLE = (
     "train.cpus_per_worker",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.keep_every",
+    "train.keep_best",
     "train.max_restarts",
     "train.max_lost_shards",
     "train.quarantine",

@@ -1,5 +1,7 @@
 """The errors a user can cause or must act on. Everything else is a bug and keeps its traceback."""
 
+from typing import Any
+
 
 class UserError(Exception):
     """The user's input is wrong: exit code 2, no traceback.
@@ -16,7 +18,7 @@ class UserError(Exception):
         self.message = message
         self.hint = hint
 
-    def __reduce__(self) -> tuple[type["UserError"], tuple[str, ...]]:
+    def __reduce__(self) -> tuple[type["UserError"], tuple[Any, ...]]:
         return type(self), (self.message, self.hint)
 
 
@@ -39,8 +41,23 @@ class ShardLost(StorageError):
         super().__init__(message, hint)
         self.shard = shard
 
-    def __reduce__(self) -> tuple[type["UserError"], tuple[str, ...]]:
+    def __reduce__(self) -> tuple[type["UserError"], tuple[Any, ...]]:
         return type(self), (self.message, self.hint, self.shard)
+
+
+class CheckpointDamaged(StorageError):
+    """A checkpoint does not hold what was committed.
+
+    Args:
+        step: of the checkpoint, where it is known.
+    """
+
+    def __init__(self, message: str, hint: str = "", step: int | None = None) -> None:
+        super().__init__(message, hint)
+        self.step = step
+
+    def __reduce__(self) -> tuple[type["UserError"], tuple[Any, ...]]:
+        return type(self), (self.message, self.hint, self.step)
 
 
 class DataOrderError(Exception):

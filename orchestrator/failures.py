@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Outcome = Literal["finished", "stopped", "worker_lost", "shard_lost", "user_error", "error"]
+Outcome = Literal["finished", "stopped", "worker_lost", "shard_lost", "checkpoint_damaged", "user_error", "error"]
 
 
 @dataclass(frozen=True, kw_only=True)

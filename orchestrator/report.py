@@ -204,7 +204,8 @@ def _throughput(content: Content) -> Section:
     facts: Facts = {"tokens/s, median": median}
     facts |= {f"{_words(key)}, median": _duration(statistics.median(values)) for key, values in times.items() if values}
     commits = [event for event in content.events if event["event"] == "committed"]
-    facts["checkpoints, in all"] = _duration(sum(_numbers(commits, "seconds")))
+    stood_s = sum(_numbers(commits, "waited_s")) + sum(_numbers(commits, "copied_s"))
+    facts["stood still for checkpoints, in all"] = _duration(stood_s)
     return "Throughput", [_plot("rate", "Tokens a second by step; the level line is the median.", 2.1, draw), facts]
 
 

@@ -24,13 +24,19 @@ log = logging.getLogger(__name__)
 
 
 def resume_point(run: RunDir) -> Commit | None:
-    """The newest checkpoint that is whole; damaged ones are set aside, and said to be."""
+    """The newest checkpoint that is there; those with files missing or cut short are set aside, and said to be."""
+    return checkpoints.newest(run.checkpoints, lambda step, what: _tell_damage(run, step, what))
 
-    def set_aside(step: int, what: str) -> None:
-        log.warning("checkpoint of step %d set aside: %s", step, what)
-        run.log_event("checkpoint_damaged", step=step, message=what)
 
-    return checkpoints.newest(run.checkpoints, set_aside)
+def set_aside_damaged(run: RunDir, step: int, what: str) -> None:
+    """Take back the commit of a checkpoint whose reader found damage: the one before counts."""
+    _tell_damage(run, step, what)
+    checkpoints.set_aside(run.checkpoints, step, "damaged")
+
+
+def _tell_damage(run: RunDir, step: int, what: str) -> None:
+    log.warning("checkpoint of step %d set aside: %s", step, what)
+    run.log_event("checkpoint_damaged", step=step, message=what)
 
 
 def check_past(run: RunDir, recipe: Recipe) -> None:

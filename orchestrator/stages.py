@@ -19,7 +19,7 @@ from orchestrator.data.language import check_languages
 from orchestrator.data.manifest import Manifest, load_manifest
 from orchestrator.data.sources import SourceFile, list_sources
 from orchestrator.data.tokenizer import added_tokens, check_directory, given_tokenizer
-from orchestrator.errors import Interrupted, RunFailed, UserError
+from orchestrator.errors import CheckpointDamaged, Interrupted, RunFailed, UserError
 from orchestrator.hub import model_directory, pinned
 from orchestrator.model_files import check_model
 from orchestrator.runs import RunDir, open_run, run_of
@@ -202,7 +202,11 @@ def _export(session: _Session) -> None:
     from orchestrator.train.export import export
 
     run, commit = session.run, session.last_commit()
-    session.remotely(export, run, session.recipe, session.manifest(), commit, run.model)
+    try:
+        session.remotely(export, run, session.recipe, session.manifest(), commit, run.model)
+    except CheckpointDamaged as error:
+        resume.set_aside_damaged(run, commit.step, error.message)
+        raise RunFailed(error.message, "run the same command: training goes on from the checkpoint before") from None
     run.log_event("exported", step=commit.step)
     log.info("export: step %d as a Hugging Face model in %s", commit.step, run.model)
 

@@ -15,6 +15,7 @@ import logging
 import os
 import shutil
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -453,6 +454,7 @@ class Appender:
         self._interval_s = interval_s
         self._lines: list[str] = []
         self._put_at = time.monotonic()
+        self._putting = threading.Lock()
         if not is_s3(uri):
             Path(uri).parent.mkdir(parents=True, exist_ok=True)
         self._file = None if is_s3(uri) else Path(uri).open("a", encoding="utf-8")  # noqa: SIM115
@@ -467,9 +469,11 @@ class Appender:
             self.flush()
 
     def flush(self) -> None:
+        """Put what was appended on storage. From any thread."""
         if not self._file:
-            write(self._uri, "".join(line + "\n" for line in self._lines).encode())
-            self._put_at = time.monotonic()
+            with self._putting:
+                write(self._uri, "".join(line + "\n" for line in self._lines).encode())
+                self._put_at = time.monotonic()
 
     def close(self) -> None:
         self.flush()

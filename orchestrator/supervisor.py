@@ -16,7 +16,7 @@ from orchestrator.config import Recipe
 from orchestrator.data import tokenizer
 from orchestrator.data.manifest import load_manifest
 from orchestrator.data.schedule import Schedule
-from orchestrator.errors import Interrupted, RunFailed, ShardLost, UserError
+from orchestrator.errors import CheckpointDamaged, Interrupted, RunFailed, ShardLost, UserError
 from orchestrator.failures import Ending, Outcome
 from orchestrator.planning.search import Plan, plan
 from orchestrator.planning.shape import model_shape
@@ -29,6 +29,7 @@ from orchestrator.resume import (
     lost_shards_hint,
     record_schedule,
     resume_point,
+    set_aside_damaged,
     take_back,
 )
 from orchestrator.runs import RunDir
@@ -143,6 +144,8 @@ def _attempt(
     outcome, message, cause = _judge(fit.error)
     if fit.error is not None:
         run.write_json(run.attempt_error(attempt), {"outcome": outcome, "message": message})
+    if isinstance(cause, CheckpointDamaged) and cause.step is not None:
+        set_aside_damaged(run, cause.step, cause.message)
     committed = checkpoints.committed_steps(run.checkpoints)
     step = committed[-1] if committed else 0
     if outcome == "finished" and step < recipe.train.steps:
@@ -264,7 +267,7 @@ def _judge(error: Exception | None) -> tuple[Outcome, str, UserError | None]:
         causes = {rank: _cause(failure) for rank, failure in sorted(error.worker_failures.items())}
         for cause in causes.values():
             if isinstance(cause, UserError):
-                return "shard_lost" if isinstance(cause, ShardLost) else "user_error", cause.message, cause
+                return _outcome(cause), cause.message, cause
         for rank, cause in causes.items():
             if isinstance(cause, RayActorError):
                 return "worker_lost", f"rank {rank}: {_first_line(str(cause))}", None
@@ -276,6 +279,12 @@ def _judge(error: Exception | None) -> tuple[Outcome, str, UserError | None]:
     if isinstance(error, ControllerError):
         return "worker_lost", _first_line(str(error.controller_failure)), None
     return ("worker_lost" if isinstance(error, RayError) else "error"), f"{type(error).__name__}: {error}", None
+
+
+def _outcome(error: UserError) -> Outcome:
+    if isinstance(error, ShardLost):
+        return "shard_lost"
+    return "checkpoint_damaged" if isinstance(error, CheckpointDamaged) else "user_error"
 
 
 def _cause(failure: BaseException) -> BaseException:

@@ -84,12 +84,11 @@ def commit(run: RunDir, chosen: Schedule, step: int, attempt: int = 1) -> Commit
     """A checkpoint of a step, as an attempt on that schedule leaves it."""
     directory = checkpoints.step_directory(run.checkpoints, step)
     name = f"{checkpoints.attempt_folder(attempt)}/__0_0.distcp"
-    storage.write(storage.join(directory, name), f"state of step {step}".encode())
-    uri = storage.join(directory, name)
-    facts = {name: {"bytes": storage.size(uri), "xxh3": checkpoints._hash(uri)}}
+    data = f"state of step {step}".encode()
+    storage.write(storage.join(directory, name), data)
     position = Position(step=step, updates=step, past=chosen.past(step))
-    made = Commit(attempt=attempt, parent=None, position=position, files=facts)
-    storage.write(storage.join(directory, checkpoints.COMMITTED), json.dumps(asdict(made)).encode())
+    made = Commit(attempt=attempt, position=position, files={name: len(data)}, metadata_xxh3="")
+    storage.write(storage.join(directory, checkpoints.COMMITTED), checkpoints.sealed(made))
     return made
 
 

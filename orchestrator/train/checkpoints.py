@@ -1,9 +1,10 @@
 """Checkpoints: fragments in torch.distributed.checkpoint's format, trusted only once committed.
 
     checkpoints/step-00000100/attempt-001/   __0_0.distcp ... .metadata
-    checkpoints/step-00000100/COMMITTED      names the attempt and every file with its size and hash
+    checkpoints/step-00000100/COMMITTED      names the attempt, every file with its size, and the hash of .metadata
 
-COMMITTED is created conditionally and last, so a step is committed once, whole, or not at all. Imports no Ray.
+COMMITTED is created conditionally and last, so a step is committed once, whole, or not at all. It is sealed with a hash
+of its own; .metadata holds those of the fragments, which are checked as they are read. Imports no Ray.
 """
 
 from __future__ import annotations
@@ -11,19 +12,17 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import tempfile
 import warnings
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from orchestrator import storage
-from orchestrator.errors import RunFailed, StorageError, UserError
+from orchestrator.errors import CheckpointDamaged, RunFailed, StorageError, UserError
 from orchestrator.runs import last_before_start_over
 
 COMMITTED = "COMMITTED"
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +42,14 @@ class Commit:
 
     format: int = FORMAT
     attempt: int
-    parent: int | None
-    """Step of the checkpoint that the attempt began from."""
+    parent: int | None = None
+    """Step of the newest checkpoint that stood when this one was committed."""
     position: Position
-    files: dict[str, dict[str, Any]]
-    """Name below the step's directory -> {"bytes", "xxh3"}."""
+    held_out_loss: float | None = None
+    """In nats, where the loop evaluated at this step."""
+    files: dict[str, int]
+    """Bytes of every file, by name below the step's directory."""
+    metadata_xxh3: str
 
     @property
     def step(self) -> int:
@@ -55,11 +57,37 @@ class Commit:
 
     @property
     def bytes(self) -> int:
-        return sum(int(file["bytes"]) for file in self.files.values())
+        return sum(self.files.values())
 
     @property
     def folder(self) -> str:
         return attempt_folder(self.attempt)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retention:
+    """Which checkpoints are kept."""
+
+    last: int
+    every: int | None = None
+    """Those whose step this divides are kept for good."""
+    best: bool = False
+    """The one of the least held-out loss is kept, the newest of several."""
+
+    def superfluous(self, losses: Mapping[int, float | None]) -> list[int]:
+        """The steps to delete.
+
+        Args:
+            losses: held-out loss of every committed step, None where it was not measured.
+        """
+        steps = sorted(losses)
+        kept = set(steps[-self.last :])
+        if self.every:
+            kept |= {step for step in steps if step % self.every == 0}
+        measured = {step: loss for step, loss in losses.items() if loss is not None}
+        if self.best and measured:
+            kept.add(min(measured, key=lambda step: (measured[step], -step)))
+        return [step for step in steps if step not in kept]
 
 
 def attempt_folder(attempt: int) -> str:
@@ -98,40 +126,34 @@ def _attempt_of(checkpoints: str, step: int) -> float:
 def read_commit(checkpoints: str, step: int) -> Commit:
     """
     Raises:
-        StorageError: COMMITTED cannot be read.
+        CheckpointDamaged: COMMITTED is not as it was written.
         UserError: another version of Terrane wrote it.
     """
     uri = storage.join(step_directory(checkpoints, step), COMMITTED)
-    values = storage.read_json(uri)
-    if not isinstance(values, dict):
-        raise StorageError(f"{uri} is damaged")
-    if values.get("format") != FORMAT:
+    values = _unsealed(uri, storage.read(uri))
+    if values["format"] != FORMAT:
         raise UserError(
-            f"{uri} has format {values.get('format')}, and this version of Terrane reads {FORMAT}",
+            f"{uri} has format {values['format']}, and this version of Terrane reads {FORMAT}",
             "go on with the version that began the run, or begin anew with --start-over",
         )
-    try:
-        return Commit(**{**values, "position": Position(**values["position"])})
-    except (TypeError, KeyError) as error:
-        raise StorageError(f"{uri} is of another version of Terrane, or damaged: {error}") from None
+    return Commit(**{**values, "position": Position(**values["position"])})
 
 
 def damage(checkpoints: str, commit: Commit) -> str | None:
-    """The first file of a checkpoint that is missing, short or altered, in words; None if all are whole."""
+    """The first file of a checkpoint that is missing or cut short, in words; None if all are there."""
     directory = step_directory(checkpoints, commit.step)
-    for name, expected in commit.files.items():
+    there = {entry.name: entry.bytes for entry in storage.list_entries(directory)}
+    for name, size in commit.files.items():
         uri = storage.join(directory, name)
-        try:
-            size, digest = storage.size(uri), _hash(uri)
-        except FileNotFoundError:
+        if name not in there:
             return f"{uri} is missing"
-        if (size, digest) != (expected["bytes"], expected["xxh3"]):
-            return f"{uri} is damaged ({size} bytes, {expected['bytes']} expected)"
+        if there[name] != size:
+            return f"{uri} is damaged ({there[name]} bytes, {size} expected)"
     return None
 
 
-def newest(checkpoints: str, on_damage: Any = None) -> Commit | None:
-    """The newest checkpoint whose files are all as committed.
+def newest(checkpoints: str, on_damage: Callable[[int, str], object] | None = None) -> Commit | None:
+    """The newest checkpoint whose files are all there; what they hold is checked by who loads it.
 
     A damaged one is set aside under the name COMMITTED.damaged, so that its step can be committed again.
 
@@ -152,6 +174,30 @@ def newest(checkpoints: str, on_damage: Any = None) -> Commit | None:
     return None
 
 
+def load(checkpoints: str, commit: Commit, fragments: list[Any]) -> None:
+    """Fill the fragments of this rank, whatever layout wrote the checkpoint. Every rank calls it.
+
+    Raises:
+        CheckpointDamaged: on every rank, when any has read what was not written; the fragments are not to be used.
+        RunFailed: the checkpoint does not cover a fragment: it is of another model.
+    """
+    from torch.distributed import checkpoint as dcp
+
+    from orchestrator.train.fragment_files import FragmentReader
+    from orchestrator.train.planners import FragmentLoadPlanner
+
+    reader = FragmentReader(storage.join(step_directory(checkpoints, commit.step), commit.folder), commit.metadata_xxh3)
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # an export is one process
+    try:
+        dcp.load({}, storage_reader=reader, planner=FragmentLoadPlanner(fragments))
+    except dcp.CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values()]
+        for cause in causes:
+            if isinstance(cause, CheckpointDamaged):
+                raise CheckpointDamaged(cause.message, step=commit.step) from None
+        raise RunFailed(f"checkpoint of step {commit.step} does not fit the model: {causes[0]}") from error
+
+
 def set_aside(checkpoints: str, step: int, why: str) -> None:
     """Take a commit back; its files stay, under COMMITTED.<why>, until training has passed the step again."""
     marker = storage.join(step_directory(checkpoints, step), COMMITTED)
@@ -163,110 +209,69 @@ def set_aside(checkpoints: str, step: int, why: str) -> None:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def save(checkpoints: str, attempt: int, parent: int | None, position: Position, fragments: list[Any]) -> Commit | None:
-    """Write this rank's fragments, then commit. Every rank calls it; it returns when the commit stands.
-
-    Returns:
-        The commit on rank 0, None on the others.
+def publish(checkpoints: str, commit: Commit) -> Commit:
+    """Create COMMITTED, now that all files are on storage; returns the commit with its parent.
 
     Raises:
-        StorageError: on every rank, when another attempt has committed this step: this one has been replaced.
+        StorageError: another attempt has committed this step or gone past it, or the run began anew: the attempt has
+            been replaced.
     """
-    import torch.distributed as dist
-    from torch.distributed import checkpoint as dcp
-
-    from orchestrator.train.planners import FragmentSavePlanner
-
-    directory = step_directory(checkpoints, position.step)
-    target = storage.join(directory, attempt_folder(attempt))
-    rank = dist.get_rank()
-    with _staging(target) as local:
-        writer = dcp.FileSystemWriter(local, sync_files=True)
-        dcp.save({}, storage_writer=writer, planner=FragmentSavePlanner(fragments))
-        mine = [
-            f for f in storage.list_files(str(local)) if f.startswith(f"__{rank}_") or (rank == 0 and f == ".metadata")
-        ]
-        if storage.is_s3(target):
-            for name in mine:
-                storage.upload(local / name, storage.join(target, name))
-        facts = {
-            f"{attempt_folder(attempt)}/{n}": {"bytes": (local / n).stat().st_size, "xxh3": _hash(str(local / n))}
-            for n in mine
-        }
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, facts)
-    files = {name: fact for part in gathered for name, fact in part.items()}
-    commit = Commit(attempt=attempt, parent=parent, position=position, files=files)
-    verdict = [rank != 0 or _publish(checkpoints, commit)]
-    dist.broadcast_object_list(verdict, src=0)
-    if not verdict[0]:
-        raise StorageError(
-            f"step {position.step} is committed by another attempt: attempt {attempt} has been replaced",
-            "another driver works on this run: let it finish, or stop it first",
-        )
-    return commit if rank == 0 else None
+    after, steps = last_before_start_over(checkpoints), committed_steps(checkpoints)
+    made = replace(commit, parent=steps[-1] if steps else None)
+    if commit.attempt > after and not any(step > commit.step for step in steps):
+        if 0 < _attempt_of(checkpoints, commit.step) <= after:  # of an attempt that went on for a moment
+            set_aside(checkpoints, commit.step, "started-over")
+        if storage.create(storage.join(step_directory(checkpoints, commit.step), COMMITTED), sealed(made)):
+            return made
+    raise StorageError(
+        f"step {commit.step} is committed by another attempt: attempt {commit.attempt} has been replaced",
+        "another driver works on this run: let it finish, or stop it first",
+    )
 
 
-def _publish(checkpoints: str, commit: Commit) -> bool:
-    """Create COMMITTED, unless another attempt has committed this step or gone past it, or the run began anew."""
-    after = last_before_start_over(checkpoints)
-    if commit.attempt <= after or any(step > commit.step for step in committed_steps(checkpoints)):
-        return False
-    if _attempt_of(checkpoints, commit.step) <= after:  # of an attempt that went on for a moment
-        set_aside(checkpoints, commit.step, "started-over")
-    return storage.create(storage.join(step_directory(checkpoints, commit.step), COMMITTED), _dump(commit))
+def retain(checkpoints: str, retention: Retention) -> None:
+    """Delete what is not to be kept, the commit first, so that none is ever half there; and what saves left behind that
+    were ended before their commit."""
+    steps = committed_steps(checkpoints)
+    losses = {step: read_commit(checkpoints, step).held_out_loss if retention.best else None for step in steps}
+    for step in retention.superfluous(losses):
+        storage.delete(storage.join(step_directory(checkpoints, step), COMMITTED))
+        storage.delete(step_directory(checkpoints, step))
+    for step in _abandoned(checkpoints, before=steps[-1]):
+        storage.delete(step_directory(checkpoints, step))
 
 
-def retain(checkpoints: str, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, the commit first, so that none is ever half there."""
-    for step in committed_steps(checkpoints)[:-keep]:
-        directory = step_directory(checkpoints, step)
-        storage.delete(storage.join(directory, COMMITTED))
-        storage.delete(directory)
+def _abandoned(checkpoints: str, before: int) -> list[int]:
+    """Steps before a committed one, which nobody can commit any more, that hold files and neither a commit nor one that
+    was set aside."""
+    names = [name.split("/") for name in storage.list_files(checkpoints)]
+    held = {int(parts[0].removeprefix("step-")) for parts in names if len(parts) > 1}
+    marked = {int(parts[0].removeprefix("step-")) for parts in names if parts[-1].startswith(COMMITTED)}
+    return sorted(step for step in held - marked if step < before)
 
 
-def load(checkpoints: str, commit: Commit, fragments: list[Any]) -> None:
-    """Fill the fragments of this rank, whatever layout wrote the checkpoint. Every rank calls it.
-
-    Raises:
-        RunFailed: the checkpoint does not cover a fragment: it is of another model.
-    """
-    from torch.distributed import checkpoint as dcp
-
-    from orchestrator.train.planners import FragmentLoadPlanner
-
-    uri = storage.join(step_directory(checkpoints, commit.step), commit.folder)
-    with storage.local_directory(uri) as local:
-        try:
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # an export is one process
-            dcp.load({}, storage_reader=dcp.FileSystemReader(local), planner=FragmentLoadPlanner(fragments))
-        except dcp.CheckpointException as error:
-            raise RunFailed(f"checkpoint of step {commit.step} does not fit the model: {error}") from error
+def sealed(commit: Commit) -> bytes:
+    """COMMITTED as it is stored."""
+    return _seal(asdict(commit))
 
 
-def _dump(commit: Commit) -> bytes:
-    return (json.dumps(asdict(commit), indent=2) + "\n").encode()
-
-
-@contextlib.contextmanager
-def _staging(target: str) -> Iterator[Path]:
-    """Where torch writes: the target itself on a file system, a temporary directory for S3."""
-    if storage.is_s3(target):
-        with tempfile.TemporaryDirectory(prefix="terrane-") as folder:
-            yield Path(folder)
-    else:
-        Path(target).mkdir(parents=True, exist_ok=True)
-        yield Path(target)
-
-
-def _hash(uri: str) -> str:
+def _seal(values: dict[str, Any]) -> bytes:
     import xxhash
 
-    digest = xxhash.xxh3_128()
-    if storage.is_s3(uri):
-        digest.update(storage.read(uri))
-    else:
-        with Path(uri).open("rb") as file:
-            while block := file.read(2**22):
-                digest.update(block)
-    return str(digest.hexdigest())
+    seal = xxhash.xxh3_128_hexdigest(json.dumps(values).encode())
+    return (json.dumps({**values, "seal": seal}, indent=2) + "\n").encode()
+
+
+def _unsealed(uri: str, data: bytes) -> dict[str, Any]:
+    """
+    Raises:
+        CheckpointDamaged: the data is not what `_seal` gave, nor of a version that had no seal.
+    """
+    try:
+        values = json.loads(data)
+        whole = values.pop("seal", None) and _seal(values) == data
+        if whole or values["format"] in range(1, 4):
+            return dict(values)
+    except (ValueError, RecursionError, AttributeError, TypeError, KeyError):
+        pass
+    raise CheckpointDamaged(f"{uri} is damaged")

@@ -22,6 +22,7 @@ from orchestrator.data.schedule import Share
 from orchestrator.planning.search import Plan
 from orchestrator.train import checkpoints, pipeline, zero
 from orchestrator.train.fragments import PARAM, Fragment
+from orchestrator.train.saver import Saver, Timing
 from orchestrator.train.stage import NOT_A_TARGET, Part, Stage, document_numbers
 from orchestrator.train.tensor_parallel import ALONE, TensorGroup
 
@@ -110,9 +111,9 @@ class Engine:
             self._state.set_step(commit.position.updates)
             self._state.refresh()
 
-    def save(self, directory: str, attempt: int, parent: int | None, position: checkpoints.Position) -> Any:
-        """Commit a checkpoint; see checkpoints.save."""
-        return checkpoints.save(directory, attempt, parent, position, self.fragments())
+    def save(self, saver: Saver, position: checkpoints.Position, held_out_loss: float | None = None) -> Timing:
+        """Begin to commit a checkpoint; see Saver.save."""
+        return saver.save(position, self.fragments(), held_out_loss)
 
     def fragments(self) -> list[Fragment]:
         """What this rank writes of a checkpoint: together the ranks write everything once."""

@@ -11,7 +11,7 @@ from orchestrator import storage
 from orchestrator.config import Recipe
 from orchestrator.data import tokenizer as tokenizers
 from orchestrator.data.manifest import Manifest, load_manifest
-from orchestrator.errors import UserError
+from orchestrator.errors import CheckpointDamaged, UserError
 from orchestrator.runs import RunDir
 from orchestrator.train.checkpoints import Commit
 
@@ -62,12 +62,11 @@ def export_step(run: RunDir, step: int | None, target: str) -> int:
     if step is not None and step not in known:
         raise UserError(f"{run.uri} has no checkpoint of step {step}", f"it has {', '.join(map(str, known))}")
     for candidate in [step] if step is not None else reversed(known):
-        commit = checkpoints.read_commit(run.checkpoints, candidate)
-        fault = checkpoints.damage(run.checkpoints, commit)
-        if fault is None:
-            export(run, run.recipe(), manifest, commit, target)
-            return commit.step
-        log.warning("checkpoint of step %d passed over: %s", candidate, fault)
+        try:
+            export(run, run.recipe(), manifest, checkpoints.read_commit(run.checkpoints, candidate), target)
+            return candidate
+        except CheckpointDamaged as error:
+            log.warning("checkpoint of step %d passed over: %s", candidate, error.message)
     raise UserError(f"{run.uri}: no checkpoint asked for is whole", "terrane status lists the others")
 
 

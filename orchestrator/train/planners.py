@@ -94,7 +94,7 @@ class FragmentLoadPlanner(DefaultLoadPlanner):
 def _write_item(index: MetadataIndex, shape: tuple[int, ...], tensor: torch.Tensor) -> WriteItem:
     assert index.offset is not None
     chunk = ChunkStorageMetadata(index.offset, tensor.shape)
-    data = TensorWriteData(chunk, TensorProperties.create_from_tensor(tensor), torch.Size(shape))
+    data = TensorWriteData(chunk, TensorProperties(dtype=tensor.dtype), torch.Size(shape))
     return WriteItem(index, WriteItemType.SHARD, tensor_data=data)
 
 

@@ -19,7 +19,7 @@ from orchestrator.data.schedule import Role, Schedule, Share
 from orchestrator.errors import UserError
 from orchestrator.planning.search import Plan
 from orchestrator.runs import RunDir
-from orchestrator.train.checkpoints import Commit, Position
+from orchestrator.train.checkpoints import Commit, Position, Retention
 
 log = logging.getLogger("terrane.worker")
 
@@ -72,11 +72,11 @@ def _train(job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int) -> None
     if resume:
         engine.load(run.checkpoints, resume)
     recorder = Recorder(run, job.attempt, rank, schedule)
+    saver = _saver(run, recipe, job.attempt, recorder)
     stop = StopRequest(run, rank)
-    saved = resume.step if resume else None
     updates = resume.position.updates if resume else 0
     asked = False
-    with contextlib.closing(recorder):
+    with contextlib.closing(recorder), contextlib.closing(saver):
         for share in recorder.timed(shares):
             step = share.step
             if share.targets:
@@ -88,19 +88,19 @@ def _train(job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int) -> None
                     raise FloatingPointError(f"loss is {result.loss} at step {step}")
             else:
                 log.info("step %d: passed over", step)
+            saver.poll()
             _inject_faults(recipe, run, rank, step)
             if step == config.steps and not updates:
                 raise UserError("no step had anything to learn from: all of it is skipped, quarantined or lost")
             if step % config.checkpoint_every == 0 or step == config.steps or asked:
                 position = Position(step=step, updates=updates, past=schedule.past(step))
                 with recorder.saving():
-                    commit = engine.save(run.checkpoints, job.attempt, saved, position)
-                saved = step
-                if commit:
-                    _after_commit(run, recipe, job.attempt, commit, recorder.checkpoint_s)
+                    engine.save(saver, position)
             if asked:
-                log.info("step %d: asked to stop, state committed", step)
                 break
+        saver.wait()
+    if asked:
+        log.info("step %d: asked to stop, state committed", step)
 
 
 def _build_engine(recipe: Recipe, plan: Plan, vocab_size: int) -> Any:
@@ -115,12 +115,22 @@ def _build_engine(recipe: Recipe, plan: Plan, vocab_size: int) -> Any:
     return Engine(base_model(recipe, vocab_size, DTYPES[plan.dtype]), recipe.train, plan, accelerator)
 
 
-def _after_commit(run: RunDir, recipe: Recipe, attempt: int, commit: Commit, seconds: float) -> None:
-    from orchestrator.train import checkpoints
+def _saver(run: RunDir, recipe: Recipe, attempt: int, recorder: Recorder) -> Any:
+    from orchestrator.train.saver import Saver, Timing
 
-    run.log_event("committed", attempt=attempt, step=commit.step, seconds=round(seconds, 3), bytes=commit.bytes)
-    log.info("step %d committed: %.1f MB in %.2f s", commit.step, commit.bytes / 1e6, seconds)
-    checkpoints.retain(run.checkpoints, recipe.train.keep_checkpoints)
+    def committed(commit: Commit, timing: Timing) -> None:
+        seconds = {name: round(value, 3) for name, value in asdict(timing).items()}
+        run.log_event("committed", attempt=attempt, step=commit.step, bytes=commit.bytes, **seconds)
+        recorder.flush()
+        megabytes, stood_s = commit.bytes / 1e6, timing.waited_s + timing.copied_s
+        log.info("step %d committed: %.1f MB in %.2f s", commit.step, megabytes, timing.saved_s)
+        log.info(
+            "step %d: training stood still for %.2f s (%.2f for the save before)", commit.step, stood_s, timing.waited_s
+        )
+
+    train = recipe.train
+    retention = Retention(last=train.keep_checkpoints, every=train.keep_every, best=train.keep_best)
+    return Saver(run.checkpoints, attempt, retention, committed)
 
 
 def _inject_faults(recipe: Recipe, run: RunDir, rank: int, step: int) -> None:
@@ -195,6 +205,9 @@ class Recorder:
         yield
         self.checkpoint_s = time.perf_counter() - before
         self._started += self.checkpoint_s
+
+    def flush(self) -> None:
+        """Put what is recorded on storage, where it is not yet. From any thread."""
         if self._out:
             self._out.flush()
 

@@ -22,8 +22,10 @@ import torch.distributed as dist  # noqa: E402
 from orchestrator.errors import UserError  # noqa: E402
 from orchestrator.planning.search import Plan  # noqa: E402
 from orchestrator.train import checkpoints  # noqa: E402
+from orchestrator.train.checkpoints import Retention  # noqa: E402
 from orchestrator.train.engine import Engine  # noqa: E402
-from tests.engine.cases import CONFIG, FILLER, SCHEDULE, Case, ModelWeights, configuration, model, share_of  # noqa: E402
+from orchestrator.train.saver import Saver  # noqa: E402
+from tests.engine.cases import CONFIG, FILLER, SCHEDULE, STEPS, Case, ModelWeights, configuration, model, share_of  # noqa: E402
 
 
 def trained(case: Case, directory: str) -> dict[str, Any]:
@@ -40,6 +42,7 @@ def trained(case: Case, directory: str) -> dict[str, Any]:
         engine.load(directory, commit)
         updates = commit.position.updates
     losses = {}
+    saver = Saver(directory, case.attempt, Retention(last=STEPS), lambda commit, timing: None)
     for step in range(case.load + 1, case.last + 1):
         share = share_of(step, replace(role, tensor_rank=0))
         if share.targets:
@@ -50,10 +53,11 @@ def trained(case: Case, directory: str) -> dict[str, Any]:
             updates += 1
         if step in case.save:
             position = checkpoints.Position(step=step, updates=updates, past=SCHEDULE.past(step))
-            try:
-                engine.save(directory, case.attempt, None, position)
-            except UserError as error:
-                return {"losses": losses, "refused": error.message}
+            engine.save(saver, position)
+    try:
+        saver.wait()
+    except UserError as error:
+        return {"losses": losses, "refused": error.message}
     return {"losses": losses}
 
 

@@ -13,7 +13,21 @@ import pytest
 from tests.conftest import ROOT
 
 PACKAGES = ("orchestrator", "jobs", "serve")
-ENGINE = ("engine", "fragments", "zero", "checkpoints", "planners", "models", "weights", "replicas")
+ENGINE = (
+    "engine",
+    "stage",
+    "tensor_parallel",
+    "pipeline",
+    "fragments",
+    "zero",
+    "checkpoints",
+    "planners",
+    "fragment_files",
+    "saver",
+    "models",
+    "weights",
+    "replicas",
+)
 
 
 def imports(file: Path, top_level_only: bool = False) -> set[str]:

@@ -19,7 +19,7 @@ from orchestrator.data.encoding import end_of_document
 from orchestrator.data.exclusions import Exclusions, Run
 from orchestrator.data.manifest import Manifest, save_manifest, schedule
 from orchestrator.data.schedule import Schedule
-from orchestrator.errors import UserError
+from orchestrator.errors import StorageError, UserError
 from orchestrator.runs import RunDir, open_run
 from orchestrator.train import checkpoints
 from tests.made_runs import SEQUENCES, SHARDS, damage, manifest_of, recipe, root_of, run_at, train
@@ -408,11 +408,12 @@ def test_an_attempt_from_before_the_start_over_commits_nothing(run: RunDir) -> N
     train(run, settings, 1, 4)
     late = checkpoints.read_commit(run.checkpoints, 4)
     resume.start_over(run, settings)
-    assert not checkpoints._publish(run.checkpoints, late)
+    with pytest.raises(StorageError, match="has been replaced"):
+        checkpoints.publish(run.checkpoints, late)
     # It had looked before the start-over, and creates its marker after it.
-    storage.create(storage.join(run.checkpoint(4), checkpoints.COMMITTED), checkpoints._dump(late))
+    storage.create(storage.join(run.checkpoint(4), checkpoints.COMMITTED), checkpoints.sealed(late))
     assert checkpoints.committed_steps(run.checkpoints) == []
-    assert checkpoints._publish(run.checkpoints, replace(late, attempt=2))
+    checkpoints.publish(run.checkpoints, replace(late, attempt=2))
     assert checkpoints.committed_steps(run.checkpoints) == [4]
 
 

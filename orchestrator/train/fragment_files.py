@@ -1,0 +1,230 @@
+"""The files of a checkpoint: torch.distributed.checkpoint's format, every item with its hash, on any storage.
+
+A rank writes one file, item after item as torch.save has them; `.metadata` says where each item lies and what it hashes
+to, and COMMITTED what `.metadata` hashes to. A reader takes of the files what it needs, and checks all that it takes.
+torch's own FileSystemReader reads them too. Imports no Ray.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from typing import IO, Any, cast
+
+import torch
+from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed.checkpoint import (
+    LoadPlan,
+    LoadPlanner,
+    Metadata,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    StorageReader,
+    StorageWriter,
+)
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, DEFAULT_SUFFIX, _StorageInfo
+from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+from torch.utils.serialization import config as serialization
+
+from orchestrator import storage
+from orchestrator.errors import CheckpointDamaged, UserError
+
+METADATA, XXH3 = ".metadata", "xxh3"
+
+Finish = Callable[[dict[str, int], str], None]
+"""Called on rank 0 with the bytes of every file by name, and the hash of `.metadata`."""
+
+
+class SaveFailed(Exception):
+    """A checkpoint could not be written."""
+
+
+class FragmentWriter(StorageWriter):
+    """
+    Args:
+        finish: called when every file is on storage.
+    """
+
+    def __init__(self, uri: str, finish: Finish) -> None:
+        super().__init__()
+        self._uri = uri
+        self._finish = finish
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        name = f"{plan.storage_data}{DEFAULT_SUFFIX}"
+        with _plain_error(), storage.writing(storage.join(self._uri, name)) as path, path.open("wb") as file:
+            results = [_write_item(file, name, item, planner) for item in plan.items]
+            _sync(file)
+        return _done(results)
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        written = [result for part in results for result in part]
+        metadata.storage_data = {result.index: result.storage_data for result in written}
+        metadata.version = CURRENT_DCP_VERSION
+        data = pickle.dumps(metadata)
+        files = {METADATA: len(data)}
+        for where in metadata.storage_data.values():
+            files[where.relative_path] = max(files.get(where.relative_path, 0), where.offset + where.length)
+        with _plain_error():
+            storage.write(storage.join(self._uri, METADATA), data)
+            self._finish(files, digest(data))
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Nothing to do: a writer is for one checkpoint."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: storage makes directories as they are needed."""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        return [SavePlan(plan.items, f"__{rank}_0", plan.planner_data) for rank, plan in enumerate(plans)]
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return True
+
+
+class FragmentReader(StorageReader):
+    """
+    Args:
+        metadata_digest: what `.metadata` must hash to.
+    """
+
+    def __init__(self, uri: str, metadata_digest: str) -> None:
+        super().__init__()
+        self._uri = uri
+        self._digest = metadata_digest
+        self._where: dict[Any, Any] = {}
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """
+        Raises:
+            CheckpointDamaged: it is not what was committed.
+        """
+        uri = storage.join(self._uri, METADATA)
+        try:
+            data = storage.read(uri)
+        except FileNotFoundError:
+            raise CheckpointDamaged(f"{uri} is missing") from None
+        if digest(data) != self._digest:
+            raise CheckpointDamaged(f"{uri} is damaged")
+        metadata: Metadata = pickle.loads(data)
+        return metadata
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        self._where = metadata.storage_data
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """
+        Raises:
+            CheckpointDamaged: what was read is not what was written; the planner's tensors are not to be used.
+        """
+
+        def place(item: ReadItem) -> tuple[str, int]:
+            where = self._where[item.storage_index]
+            return where.relative_path, where.offset
+
+        items = sorted(plan.items, key=place)
+        for name, of_file in groupby(items, key=lambda item: place(item)[0]):
+            uri = storage.join(self._uri, name)
+            try:
+                with storage.reading(uri) as file:
+                    for tensor, item in self._read(uri, file, of_file):
+                        part = narrow_tensor_by_index(tensor, item.storage_offsets, item.lengths)
+                        planner.resolve_tensor(item).copy_(part)
+            except FileNotFoundError:
+                raise CheckpointDamaged(f"{uri} is missing") from None
+        return _done(None)
+
+    def _read(self, uri: str, file: IO[bytes], items: Iterator[ReadItem]) -> Iterator[tuple[torch.Tensor, ReadItem]]:
+        """What is stored for each item; for items that follow each other and need the same it is read once."""
+        for index, needing in groupby(items, key=lambda item: item.storage_index):
+            where = self._where[index]
+            file.seek(where.offset)
+            data = file.read(where.length)
+            if digest(data) != vars(where)[XXH3]:
+                raise CheckpointDamaged(f"{uri} is damaged between bytes {where.offset} and {where.offset + len(data)}")
+            tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            for item in needing:
+                yield tensor, item
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Nothing to do: a reader is for one checkpoint."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return True
+
+
+class _Hashed:
+    """A file that hashes what is written to it, as far as torch.save needs a file."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        import xxhash
+
+        self._file = file
+        self._digest = xxhash.xxh3_128()
+        self.length = 0
+
+    def write(self, data: Any) -> int:
+        self._digest.update(data)
+        self.length += len(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        """Nothing to do: the whole file is made durable at its end."""
+
+    def hexdigest(self) -> str:
+        return str(self._digest.hexdigest())
+
+
+def _write_item(file: IO[bytes], name: str, item: WriteItem, planner: SavePlanner) -> WriteResult:
+    offset, hashed = file.tell(), _Hashed(file)
+    with serialization.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]
+        torch.save(planner.resolve_data(item), cast(IO[bytes], hashed))
+    where = _StorageInfo(name, offset, hashed.length)
+    vars(where)[XXH3] = hashed.hexdigest()  # is pickled with the rest; torch's own reader does not look at it
+    return WriteResult(item.index, hashed.length, where)
+
+
+@contextlib.contextmanager
+def _plain_error() -> Iterator[None]:
+    """Of errors only the words travel to the other ranks: not every library's can be pickled."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise SaveFailed(f"{type(error).__name__}: {error}") from error
+
+
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def digest(data: bytes) -> str:
+    import xxhash
+
+    return str(xxhash.xxh3_128_hexdigest(data))
+
+
+def _done(value: Any) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(value)
+    return future

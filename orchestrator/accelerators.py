@@ -88,11 +88,14 @@ class NodePool:
     device_memory_bytes: int = 0
     """Of one GPU or DCU; a CPU worker has its share of its node's memory instead."""
 
-    def devices(self, cpus_per_worker: float) -> int:
-        """Devices that workers can take, node by node: a worker does not span two."""
+    def devices_by_node(self, cpus_per_worker: float) -> list[int]:
+        """Devices that workers can take: a worker does not span two nodes."""
         if ACCELERATORS[self.accelerator].ray_resource == "GPU":
-            return sum(int(node.gpus) for node in self.nodes)
-        return sum(int(node.cpus / cpus_per_worker + 1e-9) for node in self.nodes)
+            return [int(node.gpus) for node in self.nodes]
+        return [int(node.cpus / cpus_per_worker + 1e-9) for node in self.nodes]
+
+    def devices(self, cpus_per_worker: float) -> int:
+        return sum(self.devices_by_node(cpus_per_worker))
 
     def memory_per_device(self, cpus_per_worker: float) -> int:
         """Bytes."""

@@ -10,6 +10,7 @@ from orchestrator.accelerators import NodePool
 from orchestrator.config import Recipe, TrainConfig
 from orchestrator.data.schedule import Role
 from orchestrator.errors import PlanError
+from orchestrator.planning.layout import Layout, layout_of, why_zero_stage
 from orchestrator.planning.memory import Memory, worker_memory
 from orchestrator.planning.shape import ModelShape
 from orchestrator.planning.throughput import PLATFORMS, step_time_s
@@ -70,13 +71,24 @@ class Plan:
         return range(first, first + counts[stage])
 
     @property
+    def layout(self) -> Layout:
+        return Layout(
+            tensor_parallel=self.tensor_parallel,
+            pipeline_stages=self.pipeline_stages,
+            layers_per_stage=self.layers_per_stage,
+            zero_stage=self.zero_stage,
+            offload=self.offload,
+            recompute=self.recompute,
+        )
+
+    @property
     def shares(self) -> tuple[int, ...]:
         """Of the global batch by data-parallel rank, relative to each other: like devices take alike."""
         return (1,) * self.data_parallel
 
     def __str__(self) -> str:
         return (
-            f"{self.workers} {self.accelerator} worker{'s' if self.workers > 1 else ''}, ZeRO-{self.zero_stage}, "
+            f"{self.workers} {self.accelerator} worker{'s' if self.workers > 1 else ''}, {self.layout}, "
             f"micro-batch {self.micro_batch_size} x accumulation {self.accumulation}, {self.dtype}"
         )
 
@@ -106,16 +118,24 @@ def plan(recipe: Recipe, shape: ModelShape, pools: list[NodePool]) -> Plan:
     slower = [f"{_name(p)}: {p.step_time_s:.3g} s a step against {best.step_time_s:.3g}" for p in ranked[1:]]
     refused = [f"{r.layout}: {r.why}" for r in rejected]
     reason = f"fastest of {len(ranked)} layouts that fit, of {len(ranked) + len(rejected)}"
+    reason += why_zero_stage(recipe.train, layout_of(recipe.train, shape, best.dtype))
     return replace(best, reason=reason, losers=(*slower[:MAX_LOSERS], *refused[:MAX_LOSERS]))
 
 
 def _layouts(train: TrainConfig, shape: ModelShape, pool: NodePool, single: bool) -> Iterator[Plan | _Rejected]:
-    devices = pool.devices(train.cpus_per_worker)
-    available = pool.memory_per_device(train.cpus_per_worker)
-    for workers in range(train.workers.min, min(train.workers.max, devices, train.global_batch_size) + 1):
-        share = math.ceil(largest_batch(train) / workers)
+    layout = layout_of(train, shape, choose_dtype(train.dtype, pool.accelerator))
+    devices = _devices(train, pool)
+    fewest = math.ceil(train.workers.min / layout.devices)
+    for replicas in range(fewest, min(min(train.workers.max, devices) // layout.devices, train.global_batch_size) + 1):
+        share = math.ceil(largest_batch(train) / replicas)
         for micro_batch_size in sorted({math.ceil(share / parts) for parts in range(1, share + 1)}):
-            yield _judge(train, shape, pool, single, workers, micro_batch_size, available)
+            yield _judge(train, shape, pool, single, layout, replicas, micro_batch_size)
+
+
+def _devices(train: TrainConfig, pool: NodePool) -> int:
+    """That workers can take: tensor-parallel ranks share a node."""
+    size = train.layout.tensor_parallel
+    return sum(count // size * size for count in pool.devices_by_node(train.cpus_per_worker))
 
 
 def _judge(
@@ -123,26 +143,34 @@ def _judge(
     shape: ModelShape,
     pool: NodePool,
     single: bool,
-    workers: int,
+    layout: Layout,
+    replicas: int,
     micro_batch_size: int,
-    available: int,
 ) -> Plan | _Rejected:
     dtype = choose_dtype(train.dtype, pool.accelerator)
+    share = math.ceil(largest_batch(train) / replicas)
+    accumulation = math.ceil(share / micro_batch_size)
     memory: Memory = worker_memory(
         shape,
+        layout,
         accelerator=pool.accelerator,
         dtype=dtype,
-        data_parallel=workers,
+        data_parallel=replicas,
         micro_batch_size=micro_batch_size,
+        accumulation=accumulation,
         sequence_length=train.sequence_length,
     )
-    share = math.ceil(largest_batch(train) / workers)
-    accumulation = math.ceil(share / micro_batch_size)
     found = Plan(
         accelerator=pool.accelerator,
         node_ids=tuple(node.id for node in pool.nodes),
         whole_cluster=single,
-        data_parallel=workers,
+        data_parallel=replicas,
+        pipeline_stages=layout.pipeline_stages,
+        tensor_parallel=layout.tensor_parallel,
+        layers_per_stage=layout.layers_per_stage,
+        zero_stage=layout.zero_stage,
+        offload=layout.offload,
+        recompute=layout.recompute,
         micro_batch_size=micro_batch_size,
         accumulation=accumulation,
         dtype=dtype,
@@ -151,13 +179,16 @@ def _judge(
         step_time_s=step_time_s(
             shape,
             PLATFORMS[pool.accelerator],
-            data_parallel=workers,
+            layout,
+            data_parallel=replicas,
             accumulation=accumulation,
-            global_batch_size=share * workers,
+            micro_batch_size=micro_batch_size,
+            global_batch_size=share * replicas,
             sequence_length=train.sequence_length,
             width=4 if dtype == "fp32" else 2,
         ),
     )
+    available = pool.memory_per_device(train.cpus_per_worker)
     if memory.total > available:
         why = f"needs {memory.total / _GIB:.1f} GiB a worker, {available / _GIB:.1f} GiB are there"
         return _Rejected(_name(found), why, memory.total)
@@ -180,17 +211,32 @@ def _name(plan: Plan) -> str:
 
 
 def _no_plan(train: TrainConfig, pools: list[NodePool], rejected: list[_Rejected]) -> PlanError:
-    most = max(pool.devices(train.cpus_per_worker) for pool in pools)
-    if most < train.workers.min:
-        found = ", ".join(f"{pool}: {pool.devices(train.cpus_per_worker)}" for pool in pools)
+    replica = train.layout.tensor_parallel * train.layout.pipeline_stages
+    fewest = math.ceil(train.workers.min / replica) * replica
+    most = max(_devices(train, pool) for pool in pools) // replica * replica
+    found = ", ".join(f"{pool}: {_devices(train, pool)}" for pool in pools)
+    if most < fewest:
+        if replica > 1:
+            return PlanError(
+                f"train.layout needs {fewest} devices, {replica} a replica (tensor_parallel="
+                f"{train.layout.tensor_parallel}, pipeline_stages={train.layout.pipeline_stages}), and no pool has as "
+                f"many ({found})",
+                "lower them, lower train.workers, or add nodes",
+            )
         return PlanError(
             f"train.workers asks for {train.workers.min} workers and no pool has that many devices ({found})",
             f"set train.workers={most}" if most else "lower train.cpus_per_worker, or add nodes",
         )
+    if train.workers.max < replica:
+        return PlanError(
+            f"train.workers.max={train.workers.max} is less than the {replica} devices of one replica",
+            f"set train.workers={replica} or more",
+        )
     if not rejected:
         return PlanError(
-            f"train.workers.min={train.workers.min} is more than train.global_batch_size={train.global_batch_size}",
-            "a worker needs at least one sequence a step",
+            f"train.workers.min={train.workers.min} is more than train.global_batch_size={train.global_batch_size} "
+            "has room for",
+            "a replica needs at least one sequence a step",
         )
     nearest = min(rejected, key=lambda r: r.memory_bytes)
     hint = "use more devices, a smaller model or shorter sequences"

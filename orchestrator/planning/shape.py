@@ -21,8 +21,15 @@ class ModelShape:
     vocab_size: int
     parameters: int
     """Distinct elements: tied tensors count once."""
+    block_parameters: int
+    """Of one decoder block."""
     kv_heads: int | None = None
     """Heads of keys and values, where they are fewer than heads."""
+
+    @property
+    def outer_parameters(self) -> int:
+        """Of what stands around the decoder blocks: embeddings, the last norm, the head."""
+        return self.parameters - self.layers * self.block_parameters
 
 
 def model_shape(recipe: Recipe, vocab_size: int) -> ModelShape:
@@ -35,12 +42,14 @@ def model_shape(recipe: Recipe, vocab_size: int) -> ModelShape:
     """
     values = model_values(recipe.model, vocab_size, recipe.train.sequence_length)
     _check_vocabulary(recipe, vocab_size)
+    sizes = {name: math.prod(shape) for name, shape in parameter_shapes(values).items()}
     return ModelShape(
         layers=values["num_hidden_layers"],
         hidden_size=values["hidden_size"],
         heads=values["num_attention_heads"],
         vocab_size=values["vocab_size"],
-        parameters=sum(math.prod(shape) for shape in parameter_shapes(values).values()),
+        parameters=sum(sizes.values()),
+        block_parameters=sum(size for name, size in sizes.items() if ".layers.0." in name),
         kv_heads=kv_heads(values) if kv_heads(values) != values["num_attention_heads"] else None,
     )
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from orchestrator.data.schedule import Role, Share
 from orchestrator.errors import RunFailed
+from orchestrator.planning.search import Plan
 
 _DATA, _FAILED = 1, 2
 _HEADER = 6
@@ -40,6 +41,18 @@ def replicated(shares: Iterator[Share], role: Role, group: Any, source: int) -> 
     if group is None or dist.get_world_size(group) == 1 or not of_stage.reads:
         return shares
     return _handed_on(shares, group, source) if role.reads else _received(shares, group, source)
+
+
+def reading_group(plan: Plan) -> tuple[Any, int]:
+    """The tensor-parallel group of this rank, on a backend that takes CPU tensors, and its first rank. Every rank makes
+    the groups of all."""
+    size = plan.tensor_parallel
+    own: tuple[Any, int] = (None, dist.get_rank())
+    for first in range(0, plan.workers, size) if size > 1 else ():
+        group = dist.new_group(list(range(first, first + size)), backend="gloo")
+        if first <= dist.get_rank() < first + size:
+            own = group, first
+    return own
 
 
 def _handed_on(shares: Iterator[Share], group: Any, source: int) -> Iterator[Share]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from orchestrator import accelerators, storage
 from orchestrator.config import Recipe
-from orchestrator.data.schedule import Role, Schedule, Share
+from orchestrator.data.schedule import Schedule, Share
 from orchestrator.errors import UserError
 from orchestrator.planning.search import Plan
 from orchestrator.runs import RunDir
@@ -59,18 +59,18 @@ def _train(job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int) -> None
     from orchestrator.data.manifest import load_manifest
     from orchestrator.data.stream import stream
     from orchestrator.train.learning_rate import learning_rate
+    from orchestrator.train.replicas import reading_group, replicated
 
     config, resume = recipe.train, job.commit()
     manifest = load_manifest(run.corpus)
     assert manifest is not None, "the supervisor starts no attempt before the corpus is done"
     schedule = Schedule.from_json(job.schedule)
-    role = Role(rank, plan.shares)
+    role = plan.role(rank)
     first = resume.step + 1 if resume else 1
-    shares = stream(run.corpus, schedule, role, first, config.steps)
+    read = stream(run.corpus, schedule, role, first, config.steps)
 
-    engine = _build_engine(recipe, plan, manifest.vocab_size)
-    if resume:
-        engine.load(run.checkpoints, resume)
+    engine = _ready_engine(run, recipe, plan, manifest.vocab_size, schedule.exclusions.filler, resume)
+    shares = replicated(read, role, *reading_group(plan))
     recorder = Recorder(run, job.attempt, rank, schedule)
     saver = _saver(run, recipe, job.attempt, recorder)
     stop = StopRequest(run, rank)
@@ -103,16 +103,27 @@ def _train(job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int) -> None
         log.info("step %d: asked to stop, state committed", step)
 
 
-def _build_engine(recipe: Recipe, plan: Plan, vocab_size: int) -> Any:
+def _ready_engine(
+    run: RunDir, recipe: Recipe, plan: Plan, vocab_size: int, document_end: int, resume: Commit | None
+) -> Any:
+    """The engine, with the state that training goes on from."""
     import torch
 
-    from orchestrator.train.engine import DTYPES, Engine
-    from orchestrator.train.models import base_model
+    from orchestrator.train.engine import Engine
+    from orchestrator.train.models import model_config
+    from orchestrator.train.weights import open_weights
 
+    train = recipe.train
     accelerator = accelerators.ACCELERATORS[plan.accelerator]
     if accelerator is accelerators.CPU:
-        torch.set_num_threads(max(1, int(recipe.train.cpus_per_worker)))
-    return Engine(base_model(recipe, vocab_size, DTYPES[plan.dtype]), recipe.train, plan, accelerator)
+        torch.set_num_threads(max(1, int(train.cpus_per_worker)))
+    config = model_config(recipe.model, vocab_size, train.sequence_length)
+    engine = Engine(config, train, plan, accelerator, document_end if train.keep_documents_apart else None)
+    if resume:
+        engine.load(run.checkpoints, resume)
+    else:
+        engine.start(open_weights(recipe.model, vocab_size, train.sequence_length, train.seed))
+    return engine
 
 
 def _saver(run: RunDir, recipe: Recipe, attempt: int, recorder: Recorder) -> Any:

@@ -9,14 +9,17 @@ from orchestrator import cluster
 from orchestrator.accelerators import Node, NodePool
 from orchestrator.config import Recipe
 from orchestrator.errors import PlanError, UserError
+from orchestrator.planning.layout import layout_of
 from orchestrator.planning.memory import worker_memory
 from orchestrator.planning.search import Plan, plan
 from orchestrator.planning.shape import ModelShape
 from orchestrator.planning.throughput import PLATFORMS, step_time_s
 
 GIB = 2**30
-SMALL = ModelShape(layers=4, hidden_size=256, heads=4, vocab_size=8192, parameters=5_000_000)
-LARGE = ModelShape(layers=32, hidden_size=4096, heads=32, vocab_size=50_000, parameters=6_700_000_000)
+SMALL = ModelShape(layers=4, hidden_size=256, heads=4, vocab_size=8192, parameters=5_000_000, block_parameters=786_432)
+LARGE = ModelShape(
+    layers=32, hidden_size=4096, heads=32, vocab_size=50_000, parameters=6_700_000_000, block_parameters=201_326_592
+)
 
 
 def recipe(**train: Any) -> Recipe:
@@ -85,7 +88,14 @@ def test_more_workers_than_sequences_are_refused() -> None:
 def test_zero_splits_the_states_and_not_the_weights() -> None:
     def memory(ranks: int) -> Any:
         return worker_memory(
-            SMALL, accelerator="cpu", dtype="bf16", data_parallel=ranks, micro_batch_size=1, sequence_length=256
+            SMALL,
+            layout_of(recipe().train, SMALL, "bf16"),
+            accelerator="cpu",
+            dtype="bf16",
+            data_parallel=ranks,
+            micro_batch_size=1,
+            accumulation=1,
+            sequence_length=256,
         )
 
     one, four = memory(1), memory(4)
@@ -98,8 +108,10 @@ def test_more_devices_take_less_time() -> None:
         step_time_s(
             LARGE,
             PLATFORMS["cuda"],
+            layout_of(recipe().train, LARGE, "bf16"),
             data_parallel=n,
             accumulation=16 // n,
+            micro_batch_size=1,
             global_batch_size=16,
             sequence_length=2048,
             width=2,
@@ -112,7 +124,7 @@ def test_more_devices_take_less_time() -> None:
 def test_a_plan_survives_json() -> None:
     found = plan(recipe(), SMALL, [pool()])
     values = json.loads(json.dumps(vars(found)))
-    assert Plan(**{**values, "node_ids": tuple(values["node_ids"]), "losers": tuple(values["losers"])}) == found
+    assert Plan(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}) == found
 
 
 def ray_node(**values: Any) -> dict[str, Any]:

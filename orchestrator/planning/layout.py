@@ -1,0 +1,116 @@
+"""How a model is cut: what a recipe says of it, checked against the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from orchestrator.config import LayoutConfig, TrainConfig
+from orchestrator.errors import PlanError
+from orchestrator.planning.shape import ModelShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    tensor_parallel: int
+    pipeline_stages: int
+    layers_per_stage: tuple[int, ...]
+    """Decoder blocks of each pipeline stage; the embedding goes with the first and the head with the last."""
+    zero_stage: int
+    offload: bool
+    recompute: bool
+
+    @property
+    def devices(self) -> int:
+        """Of one replica of the model."""
+        return self.tensor_parallel * self.pipeline_stages
+
+    def __str__(self) -> str:
+        parts = [f"ZeRO-{self.zero_stage}"]
+        if self.tensor_parallel > 1:
+            parts.append(f"tensor parallel {self.tensor_parallel}")
+        if self.pipeline_stages > 1:
+            parts.append(f"{self.pipeline_stages} stages of {'+'.join(map(str, self.layers_per_stage))} layers")
+        parts += ["offload"] * self.offload + ["recompute"] * self.recompute
+        return ", ".join(parts)
+
+
+def layout_of(train: TrainConfig, shape: ModelShape, dtype: str) -> Layout:
+    """
+    Raises:
+        PlanError: the model cannot be cut like that, or DeepSpeed cannot train it so.
+    """
+    asked = train.layout
+    _check_tensor_parallel(asked.tensor_parallel, shape)
+    _check_precision(train, dtype)
+    stages = asked.pipeline_stages
+    return Layout(
+        tensor_parallel=asked.tensor_parallel,
+        pipeline_stages=stages,
+        layers_per_stage=_layers_per_stage(asked, shape.layers),
+        zero_stage=_zero_stage(asked, dtype),
+        offload=asked.offload,
+        recompute=asked.recompute,
+    )
+
+
+def _zero_stage(asked: LayoutConfig, dtype: str) -> int:
+    together = asked.pipeline_stages > 1 or asked.tensor_parallel > 1
+    stage = asked.zero_stage
+    if stage is None:
+        return 1 if together else 2
+    if stage >= 2 and asked.pipeline_stages > 1:
+        raise PlanError(
+            f"train.layout.zero_stage={stage} does not go with pipeline_stages={asked.pipeline_stages}: a pipeline "
+            "holds its gradients and parameters over many micro-batches",
+            "use zero_stage 0 or 1, or pipeline_stages=1",
+        )
+    if asked.offload and not stage:
+        raise PlanError("train.layout.offload needs ZeRO", "use train.layout.zero_stage 1, 2 or 3")
+    # In 16 bits DeepSpeed needs ZeRO to add gradients up in fp32; with a pipeline and ZeRO-0 it clips wrongly.
+    return max(stage, 1) if together or dtype != "fp32" else stage
+
+
+def why_zero_stage(train: TrainConfig, layout: Layout) -> str:
+    """Where the plan's ZeRO stage is not the recipe's."""
+    asked = train.layout.zero_stage
+    if asked in (None, layout.zero_stage):
+        return ""
+    return f"; ZeRO-{layout.zero_stage} in place of ZeRO-{asked}, which would add up or clip gradients wrongly"
+
+
+def _layers_per_stage(asked: LayoutConfig, layers: int) -> tuple[int, ...]:
+    stages, given = asked.pipeline_stages, asked.layers_per_stage
+    if not given:
+        if stages > layers:
+            raise PlanError(
+                f"train.layout.pipeline_stages={stages} is more than the model's {layers} layers",
+                f"use {layers} or less",
+            )
+        return tuple(layers // stages + (stage >= stages - layers % stages) for stage in range(stages))
+    if len(given) != stages or sum(given) != layers:
+        raise PlanError(
+            f"train.layout.layers_per_stage={list(given)} must have one entry for each of the {stages} pipeline stages "
+            f"and add up to the model's {layers} layers",
+            "leave it out to split them evenly",
+        )
+    return given
+
+
+def _check_tensor_parallel(size: int, shape: ModelShape) -> None:
+    for what, number in (("heads", shape.heads), ("heads of keys and values", shape.kv_heads or shape.heads)):
+        if number % size:
+            fitting = [n for n in range(1, number + 1) if number % n == 0]
+            raise PlanError(
+                f"train.layout.tensor_parallel={size} does not divide the model's {number} {what}",
+                f"use {', '.join(map(str, fitting))}",
+            )
+
+
+def _check_precision(train: TrainConfig, dtype: str) -> None:
+    if train.keep_documents_apart and train.attention == "flash_attention_2":
+        raise PlanError(
+            "train.keep_documents_apart needs a mask, which attention=flash_attention_2 does not take",
+            "use train.attention=sdpa",
+        )
+    if train.attention == "flash_attention_2" and dtype == "fp32":
+        raise PlanError("train.attention=flash_attention_2 computes in 16 bits only", "use sdpa, or dtype bf16 or fp16")

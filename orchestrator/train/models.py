@@ -37,6 +37,7 @@ def build_model(config: ModelConfig, *, vocab_size: int, sequence_length: int, s
     weights = open_weights(config, vocab_size, sequence_length, seed)
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(model_config(config, vocab_size, sequence_length), dtype=dtype)
+    model.tie_weights()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights.read(name, Box.whole(parameter.shape)))

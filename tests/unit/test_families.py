@@ -16,8 +16,10 @@ from orchestrator.errors import UserError
 from orchestrator.model_files import check_model, read_config
 from orchestrator.planning.families import GALACTICA, Values, config_values, gated_ffn_size, parameter_shapes
 from orchestrator.planning.shape import model_shape
-from orchestrator.train.models import config_object, meta_model, model_config
+from orchestrator.train.fragments import Box
+from orchestrator.train.models import build_model, config_object, meta_model, model_config
 from orchestrator.train.models import parameter_shapes as theirs
+from orchestrator.train.weights import open_weights
 from tests.model_directories import FAMILIES, config_of, directory_of
 
 
@@ -172,6 +174,22 @@ def test_nothing_drops_out_in_training(architecture: Any) -> None:
     rates = [value for key, value in config.to_dict().items() if "drop" in key]
     assert rates and not any(rates)
     assert config.use_cache is False
+
+
+@pytest.mark.parametrize("architecture", ["galactica", "llama", "qwen3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_built_model_holds_the_weights_it_begins_from(architecture: Any, dtype: torch.dtype) -> None:
+    tied = architecture == "qwen3"
+    config = ModelConfig(architecture=architecture, layers=2, hidden_size=32, heads=2, tied_embeddings=tied)
+    model = build_model(config, vocab_size=97, sequence_length=64, seed=4, dtype=dtype)
+    weights = open_weights(config, 97, 64, seed=4)
+    assert theirs(model) == weights.shapes
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, weights.read(name, Box.whole(parameter.shape)).to(dtype))
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    assert (head is embedding) == (architecture != "llama")
+    logits = model(torch.arange(64)[None]).logits
+    assert torch.isfinite(logits).all()
 
 
 def test_dropout_of_a_directory_is_turned_off(tmp_path: Path) -> None:

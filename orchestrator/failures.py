@@ -49,6 +49,8 @@ def decide(endings: list[Ending], max_restarts: int, shard_allowance: int = 0) -
         if shard_allowance < 0:
             return Decision("give_up", "training may not go on without it (train.max_lost_shards)")
         return Decision("restart", f"goes on without {last.lost_shard}: resume at step {last.committed_step}")
+    if last.outcome == "checkpoint_damaged":
+        return Decision("restart", f"goes on from the checkpoint before: resume at step {last.committed_step}")
     if last.outcome == "error" and len(endings) > 1 and _same_error(endings[-2], last):
         return Decision("give_up", f"the same error twice after step {last.last_step}")
     fruitless = _restarts_without_progress(endings)

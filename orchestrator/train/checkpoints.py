@@ -180,6 +180,7 @@ def load(checkpoints: str, commit: Commit, fragments: list[Any]) -> None:
     Raises:
         CheckpointDamaged: on every rank, when any has read what was not written; the fragments are not to be used.
         RunFailed: the checkpoint does not cover a fragment: it is of another model.
+        RuntimeError: it could not be read for another reason.
     """
     from torch.distributed import checkpoint as dcp
 
@@ -191,11 +192,12 @@ def load(checkpoints: str, commit: Commit, fragments: list[Any]) -> None:
     try:
         dcp.load({}, storage_reader=reader, planner=FragmentLoadPlanner(fragments))
     except dcp.CheckpointException as error:
-        causes = [cause for cause, _ in error.failures.values()]
-        for cause in causes:
+        for cause, _ in error.failures.values():
             if isinstance(cause, CheckpointDamaged):
                 raise CheckpointDamaged(cause.message, step=commit.step) from None
-        raise RunFailed(f"checkpoint of step {commit.step} does not fit the model: {causes[0]}") from error
+            if isinstance(cause, RunFailed):
+                raise RunFailed(f"checkpoint of step {commit.step} does not fit the model: {cause.message}") from None
+        raise RuntimeError(f"checkpoint of step {commit.step} could not be read: {error}") from error
 
 
 def set_aside(checkpoints: str, step: int, why: str) -> None:

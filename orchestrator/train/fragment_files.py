@@ -104,23 +104,29 @@ class FragmentReader(StorageReader):
         self._uri = uri
         self._digest = metadata_digest
         self._where: dict[Any, Any] = {}
+        self._fault: Exception | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """
-        Raises:
-            CheckpointDamaged: it is not what was committed.
-        """
+        """Empty where it could not be read; torch would take an error here for a file by rank, and go on without."""
         uri = storage.join(self._uri, METADATA)
         try:
             data = storage.read(uri)
+            if digest(data) == self._digest:
+                return cast(Metadata, pickle.loads(data))
+            self._fault = CheckpointDamaged(f"{uri} is damaged")
         except FileNotFoundError:
-            raise CheckpointDamaged(f"{uri} is missing") from None
-        if digest(data) != self._digest:
-            raise CheckpointDamaged(f"{uri} is damaged")
-        metadata: Metadata = pickle.loads(data)
-        return metadata
+            self._fault = CheckpointDamaged(f"{uri} is missing")
+        except Exception as error:
+            self._fault = error
+        return Metadata({})
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """
+        Raises:
+            CheckpointDamaged: `.metadata` is not what was committed.
+        """
+        if self._fault:
+            raise self._fault
         self._where = metadata.storage_data
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:

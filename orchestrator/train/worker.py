@@ -89,7 +89,7 @@ def _train(job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int) -> None
             else:
                 log.info("step %d: passed over", step)
             saver.poll()
-            _inject_faults(recipe, run, rank, step)
+            _inject_faults(recipe, run, rank, step, saver)
             if step == config.steps and not updates:
                 raise UserError("no step had anything to learn from: all of it is skipped, quarantined or lost")
             if step % config.checkpoint_every == 0 or step == config.steps or asked:
@@ -144,9 +144,10 @@ def _saver(run: RunDir, recipe: Recipe, attempt: int, recorder: Recorder) -> Any
     return Saver(run.checkpoints, attempt, retention, committed)
 
 
-def _inject_faults(recipe: Recipe, run: RunDir, rank: int, step: int) -> None:
+def _inject_faults(recipe: Recipe, run: RunDir, rank: int, step: int, saver: Any) -> None:
     for fault in recipe.faults:
         if fault.rank == rank and fault.step == step and run.claim_fault(fault):
+            saver.close()  # so that a recipe always goes on from the same step
             run.log_event("fault_injected", kind=fault.kind, rank=rank, step=step)
             log.warning("step %d: %s of the recipe's faults: this rank ends", step, fault.kind)
             os.kill(os.getpid(), signal.SIGKILL)

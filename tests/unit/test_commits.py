@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from orchestrator import storage
-from orchestrator.errors import StorageError
+from orchestrator.errors import CheckpointDamaged, StorageError, UserError
 from orchestrator.train import checkpoints
 from orchestrator.train.checkpoints import Commit, Position, Retention
 
@@ -74,6 +77,67 @@ def test_the_last_few_are_kept(anywhere: str) -> None:
     checkpoints.retain(anywhere, Retention(last=2))
     assert checkpoints.committed_steps(anywhere) == [3, 4]
     assert all(name.startswith(("step-00000003", "step-00000004")) for name in storage.list_files(anywhere))
+
+
+def test_which_checkpoints_are_superfluous() -> None:
+    losses = dict.fromkeys(range(10, 101, 10)) | {30: 2.0, 60: 1.0, 70: 1.0, 80: 1.5}
+    for retention, kept in [
+        (Retention(last=1), {100}),
+        (Retention(last=3), {80, 90, 100}),
+        (Retention(last=20), set(losses)),
+        (Retention(last=1, every=30), {30, 60, 90, 100}),
+        (Retention(last=1, every=200), {100}),
+        (Retention(last=1, best=True), {70, 100}),
+        (Retention(last=2, every=50, best=True), {50, 70, 90, 100}),
+    ]:
+        assert retention.superfluous(losses) == sorted(losses.keys() - kept), retention
+    assert Retention(last=1, best=True).superfluous({10: None, 20: None}) == [10], "nothing was measured"
+    assert Retention(last=1).superfluous({}) == []
+
+
+@given(
+    st.dictionaries(st.integers(1, 200), st.none() | st.floats(0, 20)),
+    st.integers(1, 5),
+    st.none() | st.integers(1, 50),
+    st.booleans(),
+)
+def test_retention_never_takes_what_it_promises_to_keep(
+    losses: dict[int, float | None], last: int, every: int | None, best: bool
+) -> None:
+    retention = Retention(last=last, every=every, best=best)
+    gone = retention.superfluous(losses)
+    left = {step: loss for step, loss in losses.items() if step not in gone}
+    assert sorted(left)[-last:] == sorted(losses)[-last:]
+    assert not every or not any(step % every == 0 for step in gone)
+    measured = [loss for loss in losses.values() if loss is not None]
+    assert not (best and measured) or min(measured) in left.values()
+    assert retention.superfluous(left) == [], "what is kept once is kept"
+
+
+def test_what_ended_saves_left_behind_goes_once_a_later_step_is_committed(anywhere: str) -> None:
+    commit(anywhere, 4)
+    for step in (2, 6, 8):
+        storage.write(storage.join(checkpoints.step_directory(anywhere, step), "attempt-001", "__0_0.distcp"), b"half")
+    commit(anywhere, 1)
+    checkpoints.set_aside(anywhere, 1, "damaged")
+    commit(anywhere, 7)
+    checkpoints.retain(anywhere, Retention(last=2))
+    held = {name.split("/")[0] for name in storage.list_files(anywhere)}
+    assert held == {"step-00000001", "step-00000004", "step-00000007", "step-00000008"}, "8 may be in the making"
+
+
+def test_a_commit_without_its_seal_is_damaged_and_one_of_an_earlier_version_is_not(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    commit(root, 5)
+    marker = storage.join(checkpoints.step_directory(root, 5), checkpoints.COMMITTED)
+    values = storage.read_json(marker)
+    del values["seal"]
+    storage.write(marker, json.dumps(values).encode())
+    with pytest.raises(CheckpointDamaged):
+        checkpoints.read_commit(root, 5)
+    storage.write(marker, json.dumps({**values, "format": 3}).encode())
+    with pytest.raises(UserError, match="has format 3, and this version of Terrane reads 4"):
+        checkpoints.read_commit(root, 5)
 
 
 def test_a_commit_that_cannot_be_read_is_set_aside(tmp_path: Path) -> None:

@@ -60,3 +60,11 @@ def test_a_lost_shard_is_gone_on_without_as_far_as_that_is_allowed() -> None:
     decision = decide(lost, max_restarts=10, shard_allowance=-1)
     assert decision.action == "give_up"
     assert "train.max_lost_shards" in decision.reason
+
+
+def test_a_damaged_checkpoint_costs_no_restart() -> None:
+    """However often: it was set aside, so that no attempt meets it again."""
+    damaged = [ending("checkpoint_damaged", resumed_from=step, committed_step=step - 10) for step in (40, 30, 20)]
+    decision = decide(damaged, max_restarts=0)
+    assert decision.action == "restart"
+    assert decision.reason == "goes on from the checkpoint before: resume at step 10"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import pickle
 from collections.abc import Callable, Iterator
@@ -36,7 +37,9 @@ from torch.utils.serialization import config as serialization
 from orchestrator import storage
 from orchestrator.errors import CheckpointDamaged, UserError
 
-METADATA, XXH3 = ".metadata", "xxh3"
+METADATA, XXH3, RAW = ".metadata", "xxh3", "raw"
+LARGE = 2**14
+"""Bytes. All else that torch.save writes of a tensor is far smaller."""
 
 Finish = Callable[[dict[str, int], str], None]
 """Called on rank 0 with the bytes of every file by name, and the hash of `.metadata`."""
@@ -140,6 +143,7 @@ class FragmentReader(StorageReader):
             return where.relative_path, where.offset
 
         items = sorted(plan.items, key=place)
+        self._room = bytearray(max((self._where[item.storage_index].length for item in items), default=0))
         for name, of_file in groupby(items, key=lambda item: place(item)[0]):
             uri = storage.join(self._uri, name)
             try:
@@ -155,11 +159,11 @@ class FragmentReader(StorageReader):
         """What is stored for each item; for items that follow each other and need the same it is read once."""
         for index, needing in groupby(items, key=lambda item: item.storage_index):
             where = self._where[index]
+            data = memoryview(self._room)[: where.length]
             file.seek(where.offset)
-            data = file.read(where.length)
-            if digest(data) != vars(where)[XXH3]:
+            if cast(io.BufferedReader, file).readinto(data) != where.length or digest(data) != vars(where)[XXH3]:
                 raise CheckpointDamaged(f"{uri} is damaged between bytes {where.offset} and {where.offset + len(data)}")
-            tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            tensor = _tensor(data, vars(where).get(RAW))
             for item in needing:
                 yield tensor, item
 
@@ -178,16 +182,25 @@ class FragmentReader(StorageReader):
 
 
 class _Hashed:
-    """A file that hashes what is written to it, as far as torch.save needs a file."""
+    """A file that hashes what is written to it, as far as torch.save needs a file.
 
-    def __init__(self, file: IO[bytes]) -> None:
+    Args:
+        raw_bytes: of the elements of the tensor to write.
+    """
+
+    def __init__(self, file: IO[bytes], raw_bytes: int) -> None:
         import xxhash
 
         self._file = file
         self._digest = xxhash.xxh3_128()
+        self._raw_bytes = raw_bytes if raw_bytes >= LARGE else None
         self.length = 0
+        self.raw: int | None = None
+        """Where the elements of a large tensor lie: torch.save writes them in one piece."""
 
     def write(self, data: Any) -> int:
+        if len(data) == self._raw_bytes:
+            self.raw = self.length
         self._digest.update(data)
         self.length += len(data)
         return self._file.write(data)
@@ -200,11 +213,15 @@ class _Hashed:
 
 
 def _write_item(file: IO[bytes], name: str, item: WriteItem, planner: SavePlanner) -> WriteResult:
-    offset, hashed = file.tell(), _Hashed(file)
+    tensor = cast(torch.Tensor, planner.resolve_data(item))
+    offset, hashed = file.tell(), _Hashed(file, tensor.nbytes)
     with serialization.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]
-        torch.save(planner.resolve_data(item), cast(IO[bytes], hashed))
+        torch.save(tensor, cast(IO[bytes], hashed))
     where = _StorageInfo(name, offset, hashed.length)
-    vars(where)[XXH3] = hashed.hexdigest()  # is pickled with the rest; torch's own reader does not look at it
+    # These are pickled with the rest; torch's own reader does not look at them.
+    vars(where)[XXH3] = hashed.hexdigest()
+    if hashed.raw is not None:
+        vars(where)[RAW] = (hashed.raw, tensor.dtype, tuple(tensor.shape))
     return WriteResult(item.index, hashed.length, where)
 
 
@@ -219,12 +236,20 @@ def _plain_error() -> Iterator[None]:
         raise SaveFailed(f"{type(error).__name__}: {error}") from error
 
 
+def _tensor(data: memoryview, raw: tuple[int, torch.dtype, tuple[int, ...]] | None) -> torch.Tensor:
+    """What torch.save wrote; a large tensor lies on the data itself, where torch.load would make a copy."""
+    if raw is None:
+        return cast(torch.Tensor, torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
+    offset, dtype, shape = raw
+    return torch.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
+
+
 def _sync(file: IO[bytes]) -> None:
     file.flush()
     os.fsync(file.fileno())
 
 
-def digest(data: bytes) -> str:
+def digest(data: bytes | memoryview) -> str:
     import xxhash
 
     return str(xxhash.xxh3_128_hexdigest(data))

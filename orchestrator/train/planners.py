@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from typing import Any
 
 import torch
 from torch.distributed._shard._utils import narrow_tensor_by_index
@@ -11,7 +10,6 @@ from torch.distributed.checkpoint import (
     DefaultLoadPlanner,
     DefaultSavePlanner,
     LoadPlan,
-    Metadata,
     ReadItem,
     SavePlan,
 )
@@ -96,15 +94,3 @@ def _write_item(index: MetadataIndex, shape: tuple[int, ...], tensor: torch.Tens
     chunk = ChunkStorageMetadata(index.offset, tensor.shape)
     data = TensorWriteData(chunk, TensorProperties(dtype=tensor.dtype), torch.Size(shape))
     return WriteItem(index, WriteItemType.SHARD, tensor_data=data)
-
-
-def stored_shapes(metadata: Metadata) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter in a checkpoint, by name."""
-    return {
-        fqn.removeprefix("param/"): tuple(stored.size)
-        for fqn, stored in metadata.state_dict_metadata.items()
-        if fqn.startswith("param/") and isinstance(stored, TensorStorageMetadata)
-    }
-
-
-__all__: list[Any] = ["FragmentLoadPlanner", "FragmentSavePlanner", "key", "stored_shapes"]

@@ -88,7 +88,8 @@ def write_configuration(folder: Path, recipe: Recipe, values: Values, tokenizer:
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         config.pad_token_id = tokenizer.pad_token_id
     config.save_pretrained(folder)
-    given = model_directory(recipe.model) / "generation_config.json" if recipe.model.path else None
+    base = model_directory(recipe.model, weights=False) if recipe.model.path else None
+    given = base and base / "generation_config.json"
     if given and given.is_file():
         shutil.copyfile(given, folder / given.name)
     else:

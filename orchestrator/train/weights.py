@@ -16,7 +16,7 @@ import xxhash
 
 from orchestrator import storage
 from orchestrator.config import ModelConfig
-from orchestrator.data.tokenizer import vocabulary_size
+from orchestrator.data.tokenizer import known_tokens
 from orchestrator.hub import model_directory
 from orchestrator.model_files import HEAD, locate, read_config
 from orchestrator.planning.families import embedding_name, is_tied
@@ -53,7 +53,7 @@ def open_weights(config: ModelConfig, vocab_size: int, sequence_length: int, see
     folder = model_directory(config)
     values = read_config(folder)
     weights = DirectoryWeights(folder, config_object(values))
-    known = min(vocabulary_size(str(folder)), values["vocab_size"])
+    known = known_tokens(folder, values["vocab_size"])
     if vocab_size <= known:
         return weights
     names = {embedding_name(values)} | ({HEAD} if not is_tied(values) else set())

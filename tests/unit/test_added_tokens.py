@@ -178,6 +178,18 @@ def test_rows_that_a_model_has_for_padding_are_taken_by_new_tokens(tmp_path: Pat
     assert torch.equal(unchanged.read(name, Box.whole(old.shape)), old), "no new token: nothing changes"
 
 
+def test_a_larger_tokenizer_never_takes_rows_by_itself(tmp_path: Path) -> None:
+    _, size = model_with_tokenizer(tmp_path, padding=30)
+    values = recipe(tmp_path, []).model_dump() | {"tokenizer": {"path": str(tmp_path)}}
+    other = Recipe.model_validate(values)
+    assert model_shape(other, size).vocab_size == size + 30
+    with pytest.raises(UserError, match=rf"has {size + 1} entries, the model .* knows {size}") as caught:
+        model_shape(other, size + 1)
+    assert "tokenizer.add" in caught.value.hint
+    (tmp_path / "tokenizer.json").unlink()
+    assert model_shape(other, size + 30).vocab_size == size + 30
+
+
 def test_a_box_of_a_resized_matrix_is_a_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("orchestrator.train.weights.BLOCK", 100)  # the mean in many pieces
     _, size = model_with_tokenizer(tmp_path)

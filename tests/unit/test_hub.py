@@ -136,6 +136,8 @@ def recipe(root: Path, path: str = f"{NAME}@main", **model: Any) -> Recipe:
 def test_a_model_is_fetched_once_without_code_and_pickles(fake_hub: FakeHub, tmp_path: Path) -> None:
     model = pinned(recipe(tmp_path)).model
     assert (model.path, model.commit) == (f"{NAME}@main", FIRST)
+    described = sorted(path.name for path in model_directory(model, weights=False).iterdir())
+    assert described == ["config.json", "generation_config.json", "tokenizer.json"]
     folder = model_directory(model)
     assert sorted(path.name for path in folder.iterdir()) == [
         "config.json",

@@ -256,6 +256,7 @@ def export(
         str | None,
         typer.Option(help="directory or s3:// URI; default: RUN/model, or model-step-N"),
     ] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; default: that of the training")] = None,
 ) -> None:
     """A checkpoint as a Hugging Face model directory."""
     from orchestrator.console import set_up_logging
@@ -263,11 +264,13 @@ def export(
     from orchestrator.storage import absolute
     from orchestrator.train.export import export_step
 
+    if dtype not in (None, "fp32", "bf16", "fp16"):
+        raise UserError(f"--dtype {dtype} is no dtype of a model", "fp32, bf16 or fp16")
     set_up_logging()
     found = find_run(run)
     last = step is None or step >= found.recipe().train.steps
     target = absolute(out) if out else found.model if last else found.path(f"model-step-{step:08d}")
-    typer.echo(f"step {export_step(found, step, target)} exported to {_shortest(target)}")
+    typer.echo(f"step {export_step(found, step, target, dtype)} exported to {_shortest(target)}")
 
 
 @app.command()

@@ -9,7 +9,8 @@ from orchestrator.config import ModelConfig, Recipe, is_hub_model
 from orchestrator.errors import UserError
 from orchestrator.runs import run_of
 
-FILES = ("*.safetensors", "*.json", "*.jinja", "merges.txt", "tokenizer.model")
+DESCRIPTION = ("*.json", "*.jinja", "merges.txt", "tokenizer.model")
+WEIGHTS = ("*.safetensors",)
 """What of a repository is fetched, from its top: weights in safetensors, never in pickles, which run code."""
 
 _COMMIT = re.compile("[0-9a-f]{40}")
@@ -33,11 +34,14 @@ def pinned(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"model": chosen})
 
 
-def model_directory(model: ModelConfig) -> Path:
+def model_directory(model: ModelConfig, weights: bool = True) -> Path:
     """Where the files of `model.path` are on this node; a pinned model of the hub is fetched where they are not.
 
     Every process of a node may call it at once: one of them fetches each file, and a whole copy asks nothing of the
     network.
+
+    Args:
+        weights: whether they are needed, or the configuration and the tokenizer alone.
     """
     assert model.path is not None
     if not is_hub_model(model.path):
@@ -48,8 +52,9 @@ def model_directory(model: ModelConfig) -> Path:
 
     disable_progress_bars()
     name, _ = _parts(model.path)
+    files = [*DESCRIPTION, *(WEIGHTS if weights else ())]
     try:
-        return Path(snapshot_download(name, revision=model.commit, allow_patterns=list(FILES), ignore_patterns="*/*"))
+        return Path(snapshot_download(name, revision=model.commit, allow_patterns=files, ignore_patterns="*/*"))
     except Exception as error:
         raise _explained(error, model.path) from error
 

@@ -20,6 +20,8 @@ BASE_PREFIX = "model."
 
 HEAD = "lm_head.weight"
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
 DTYPES = ("F32", "F16", "BF16")
 """Of safetensors, that weights may be stored in."""
 
@@ -144,7 +146,7 @@ def _refuse(folder: Path, what: str, names: list[str]) -> None:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if not index.is_file():
         files = sorted(folder.glob("*.safetensors"))
         if not files:

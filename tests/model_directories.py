@@ -33,6 +33,14 @@ def config_of(family: str, **changes: Any) -> Any:
     return CONFIG_MAPPING[values.pop("model_type")](**values)
 
 
+def large_config() -> Any:
+    """A model of 312 MiB in fp32 whose largest tensors take 12 MiB."""
+    from transformers import LlamaConfig
+
+    sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 8}
+    return LlamaConfig(vocab_size=4096, **sizes)
+
+
 def model_of(config: Any) -> Any:
     """With every parameter drawn anew, so that none equals another."""
     import torch

@@ -176,6 +176,11 @@ def vocabulary_size(path: str, added: Iterable[str] = ()) -> int:
     return embedding_rows(tokenizer)
 
 
+def known_tokens(folder: Path, rows: int) -> int:
+    """Of the rows of a model's embedding, those that its own tokenizer has given a meaning; all where it has none."""
+    return min(rows, vocabulary_size(str(folder))) if (folder / "tokenizer.json").is_file() else rows
+
+
 def embedding_rows(tokenizer: Any) -> int:
     """One past the highest id of a tokenizer (of tokenizers): some leave ids out."""
     return int(max(tokenizer.get_vocab(with_added_tokens=True).values())) + 1
@@ -192,7 +197,7 @@ def given_tokenizer(recipe: Recipe) -> Path | None:
     """Directory, on this node, of the tokenizer that a recipe gives; None where one is trained."""
     if recipe.tokenizer.path:
         return Path(recipe.tokenizer.path)
-    return model_directory(recipe.model) if recipe.model.path else None
+    return model_directory(recipe.model, weights=False) if recipe.model.path else None
 
 
 def planned_vocabulary(recipe: Recipe) -> int:

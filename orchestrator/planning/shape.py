@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.config import ModelConfig, Recipe
+from orchestrator.data.tokenizer import known_tokens
 from orchestrator.errors import UserError
 from orchestrator.hub import model_directory
 from orchestrator.model_files import read_config
@@ -62,7 +63,7 @@ def model_values(model: ModelConfig, vocab_size: int, sequence_length: int) -> d
     """
     if not model.path:
         return config_values(model, vocab_size, sequence_length)
-    values = read_config(model_directory(model))
+    values = read_config(model_directory(model, weights=False))
     positions = values.get("max_position_embeddings")
     if positions and sequence_length > positions:
         raise UserError(
@@ -75,9 +76,10 @@ def model_values(model: ModelConfig, vocab_size: int, sequence_length: int) -> d
 def _check_vocabulary(recipe: Recipe, vocab_size: int) -> None:
     if not recipe.model.path or recipe.tokenizer.add:
         return
-    rows = read_config(model_directory(recipe.model))["vocab_size"]
-    if vocab_size > rows:
+    folder = model_directory(recipe.model, weights=False)
+    known = known_tokens(folder, read_config(folder)["vocab_size"])
+    if vocab_size > known:
         raise UserError(
-            f"the tokenizer has {vocab_size} entries, the model {recipe.model.path} embeds {rows}",
+            f"the tokenizer has {vocab_size} entries, the model {recipe.model.path} knows {known}",
             "use the model's own tokenizer (leave tokenizer.path out), and name new tokens in tokenizer.add",
         )

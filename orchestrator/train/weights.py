@@ -14,13 +14,17 @@ from typing import Any, Protocol
 import torch
 import xxhash
 
+from orchestrator import storage
 from orchestrator.config import ModelConfig
-from orchestrator.data.tokenizer import vocabulary_size
+from orchestrator.data.tokenizer import known_tokens
 from orchestrator.hub import model_directory
 from orchestrator.model_files import HEAD, locate, read_config
 from orchestrator.planning.families import embedding_name, is_tied
-from orchestrator.train.fragments import Box
+from orchestrator.train.checkpoints import Commit, step_directory
+from orchestrator.train.fragment_files import FragmentReader
+from orchestrator.train.fragments import PARAM, Box, Fragment
 from orchestrator.train.models import config_object, meta_model, model_config, parameter_shapes
+from orchestrator.train.planners import FragmentLoadPlanner, stored_shapes
 
 BLOCK = 2**20
 """Elements that are drawn from one generator: a rank draws what it holds, and little more."""
@@ -49,7 +53,7 @@ def open_weights(config: ModelConfig, vocab_size: int, sequence_length: int, see
     folder = model_directory(config)
     values = read_config(folder)
     weights = DirectoryWeights(folder, config_object(values))
-    known = min(vocabulary_size(str(folder)), values["vocab_size"])
+    known = known_tokens(folder, values["vocab_size"])
     if vocab_size <= known:
         return weights
     names = {embedding_name(values)} | ({HEAD} if not is_tied(values) else set())
@@ -117,6 +121,28 @@ class DirectoryWeights:
         place = self._places[name]
         with safe_open(str(place.file), framework="pt") as tensors:  # for each box anew: nothing stays mapped
             return torch.empty(box.lengths).copy_(tensors.get_slice(place.name)[box.slices])
+
+
+class CheckpointWeights:
+    """The parameters of a checkpoint, whatever layout wrote it; on S3 only what is asked for is fetched."""
+
+    def __init__(self, checkpoints: str, commit: Commit) -> None:
+        """
+        Raises:
+            CheckpointDamaged: the checkpoint's list of fragments is not what was committed. `read` raises it too.
+        """
+        uri = storage.join(step_directory(checkpoints, commit.step), commit.folder)
+        self._reader = FragmentReader(uri, commit.metadata_xxh3)
+        self._metadata = self._reader.read_metadata()
+        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        self.shapes = stored_shapes(self._metadata)
+
+    def read(self, name: str, box: Box) -> torch.Tensor:
+        values = torch.empty(box.lengths)
+        planner = FragmentLoadPlanner([Fragment(name, self.shapes[name], box, {PARAM: values})])
+        planner.set_up_planner({}, self._metadata, is_coordinator=True)
+        self._reader.read_data(planner.create_local_plan(), planner).wait()
+        return values
 
 
 class ResizedWeights:

@@ -26,6 +26,7 @@ ENGINE = (
     "saver",
     "models",
     "weights",
+    "safetensors_files",
     "replicas",
 )
 

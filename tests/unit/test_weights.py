@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,8 @@ import torch
 from orchestrator.errors import UserError
 from orchestrator.train.fragments import Box
 from orchestrator.train.weights import DirectoryWeights, RandomWeights, Weights
-from tests.conftest import ROOT
-from tests.model_directories import FAMILIES, config_of, model_of
+from tests.memory import peak_growth_mib
+from tests.model_directories import FAMILIES, config_of, large_config, model_of
 
 
 def boxes(shape: tuple[int, ...]) -> list[Box]:
@@ -165,48 +163,29 @@ def test_a_file_that_was_cut_short_is_named(tmp_path: Path) -> None:
 
 # --- memory -----------------------------------------------------------------------------------------------------------
 
-LARGE = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_attention_heads": 12,
-    "vocab_size": 4096,
-    "num_hidden_layers": 8,
-}
-
 READ_HALVES = """
-import re, sys
-from pathlib import Path
-from transformers import LlamaConfig
 from orchestrator.train.fragments import Box
 from orchestrator.train.weights import DirectoryWeights, RandomWeights
+from tests.model_directories import large_config
 
-def mib(key):
-    return int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
-
-config = LlamaConfig(**LARGE)
-weights = DirectoryWeights(sys.argv[1], config) if sys.argv[2] == "directory" else RandomWeights(config, 1)
+config = large_config()
+weights = DirectoryWeights(sys.argv[1], config) if len(sys.argv) > 1 else RandomWeights(config, 1)
 weights.read("lm_head.weight", Box((0, 0), (8, 8)))  # what the libraries take for themselves comes first
-Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-before = mib("VmRSS")
-for name, (rows, *columns) in weights.shapes.items():
-    for half in range(2):
-        weights.read(name, Box((half * rows // 2, *(0 for _ in columns)), (rows // 2, *columns)))
-        if columns:
-            weights.read(name, Box((0, half * columns[0] // 2), (rows, columns[0] // 2)))
-print(mib("VmHWM") - before)
+
+def work():
+    for name, (rows, *columns) in weights.shapes.items():
+        for half in range(2):
+            weights.read(name, Box((half * rows // 2, *(0 for _ in columns)), (rows // 2, *columns)))
+            if columns:
+                weights.read(name, Box((0, half * columns[0] // 2), (rows, columns[0] // 2)))
 """
 
 
 @pytest.mark.parametrize("kind", ["directory", "random"])
 def test_reading_box_by_box_takes_the_memory_of_a_tensor_or_two(kind: str, tmp_path: Path) -> None:
-    from transformers import LlamaConfig
-
-    config = LlamaConfig(**LARGE)
+    config = large_config()
     total = sum(math.prod(shape) for shape in RandomWeights(config, 1).shapes.values()) * 4 / 2**20
     if kind == "directory":
         model_of(config).save_pretrained(tmp_path)
-    command = [sys.executable, "-c", READ_HALVES.replace("LARGE", repr(LARGE)), str(tmp_path), kind]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
-    largest = 4096 * 768 * 4 / 2**20
-    print(kind, done.stdout, total)
-    assert int(done.stdout) < 4 * largest < total / 5, f"{done.stdout} MiB for a model of {total:.0f} MiB"
+    growth = peak_growth_mib(READ_HALVES, *([str(tmp_path)] if kind == "directory" else []))
+    assert growth < total / 6, f"{growth} MiB for a model of {total:.0f} MiB"

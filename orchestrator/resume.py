@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from typing import Any
 
 import numpy as np
 
 from orchestrator import storage
-from orchestrator.config import Recipe
+from orchestrator.config import Recipe, TrainConfig
 from orchestrator.data import inspection
 from orchestrator.data.encoding import end_of_document
 from orchestrator.data.exclusions import Exclusions, LostShard, Run
@@ -19,8 +20,23 @@ from orchestrator.errors import RunFailed, ShardLost, StorageError, UserError
 from orchestrator.runs import RunDir
 from orchestrator.train import checkpoints
 from orchestrator.train.checkpoints import Commit, Position
+from orchestrator.train.learning_rate import learning_rate
 
 log = logging.getLogger(__name__)
+
+_RATES = {
+    "steps",
+    "lr",
+    "schedule",
+    "warmup_steps",
+    "warmup_tokens",
+    "decay_steps",
+    "decay_tokens",
+    "final_lr_share",
+    "batch_ramp",
+    "global_batch_size",
+}
+"""What of the recipe's `train` decides learning rates."""
 
 
 def resume_point(run: RunDir) -> Commit | None:
@@ -62,6 +78,25 @@ def check_past(run: RunDir, recipe: Recipe) -> None:
             f"{run.uri} is at step {position.step}, and what its steps consumed would change: {'; '.join(found)}",
             f"{change}take it back, or begin anew with --start-over",
         )
+    _check_rates(run, recipe.train, position.step)
+
+
+def _check_rates(run: RunDir, config: TrainConfig, last: int) -> None:
+    """See that the steps up to one were trained at the learning rates that a recipe gives them."""
+    before = run.recipe().train
+    if before.model_dump(include=_RATES) == config.model_dump(include=_RATES):
+        return
+    for step in range(1, last + 1):
+        was, now = learning_rate(before, step), learning_rate(config, step)
+        if not math.isclose(was, now):
+            changed = " and ".join(
+                f"train.{key}" for key in sorted(_RATES) if getattr(before, key) != getattr(config, key)
+            )
+            raise UserError(
+                f"{run.uri} is at step {last}, and with another {changed} the learning rates of its steps would "
+                f"change: step {step} had {was:.4g}, and would have {now:.4g}",
+                "take it back, or begin anew with --start-over; train.schedule=wsd can be made longer before its decay",
+            )
 
 
 def _position(run: RunDir) -> Position | None:

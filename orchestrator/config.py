@@ -285,6 +285,31 @@ class LayoutConfig(Section):
     """Keep only the inputs of decoder blocks for the backward pass, and compute the rest again."""
 
 
+class SpikesConfig(Section):
+    """A step whose loss or gradient norm jumps: how it is known, and what becomes of it."""
+
+    action: Literal["record", "skip", "rollback"] = "skip"
+    """record: it is noted and named. skip: its update is dropped, too. rollback: training goes back to the last
+    checkpoint before it, and passes over the steps around it."""
+    threshold: float = Field(default=6.0, gt=0)
+    """Robust z-score from which a step is a spike: how far it lies above the median of the steps before it."""
+    window: int = Field(default=128, ge=8)
+    """Steps that a step is compared with; in the first half of them nothing is a spike."""
+    jump: Count = 10
+    """Steps that a rollback passes over before the spike, and as many after it."""
+    max_rollbacks: int = Field(default=5, ge=0)
+    """Of the run; at the next spike it stops."""
+    quarantine: int | None = Field(default=None, ge=0)
+    """Documents at most that training goes on without after a spike, of samples whose losses stand out; they are left
+    out from the next attempt on. null: 3 with rollback, none otherwise."""
+
+    @property
+    def most_quarantined(self) -> int:
+        if self.quarantine is None:
+            return 3 if self.action == "rollback" else 0
+        return self.quarantine
+
+
 _LENGTHS = ("warmup_steps", "warmup_tokens", "decay_steps", "decay_tokens")
 
 
@@ -328,6 +353,8 @@ class TrainConfig(Section):
     """Steps. Checkpoints of its multiples are kept for good."""
     keep_best: bool = False
     """Keep the checkpoint of the least held-out loss, too."""
+    evaluate_every: Count | None = None
+    """Steps. The loss on the held-out split is taken then and at the last step (`evaluation.held_out_sequences`)."""
     workers: Workers = Workers()
     """A number, or {min, max}. One worker drives one device."""
     cpus_per_worker: float = Field(default=1.0, gt=0)
@@ -342,6 +369,7 @@ class TrainConfig(Section):
     max_lost_shards: int = Field(default=0, ge=0)
     """Shards of the corpus that may turn out missing or damaged; training goes on without their samples. With one more
     the run stops at its last checkpoint."""
+    spikes: SpikesConfig = SpikesConfig()
 
     @model_validator(mode="after")
     def something_is_trained(self) -> Self:
@@ -457,6 +485,8 @@ MUTABLE = (
     "train.keep_checkpoints",
     "train.keep_every",
     "train.keep_best",
+    "train.evaluate_every",
+    "train.spikes",
     "train.max_restarts",
     "train.max_lost_shards",
     "train.quarantine",

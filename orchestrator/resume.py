@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from orchestrator.data.exclusions import Exclusions, LostShard, Run
 from orchestrator.data.manifest import Manifest, load_manifest, schedule
 from orchestrator.data.schedule import Schedule, changes, differs
 from orchestrator.errors import RunFailed, ShardLost, StorageError, UserError
+from orchestrator.rollback import passed, quarantined, rollbacks
 from orchestrator.runs import RunDir
 from orchestrator.train import checkpoints
 from orchestrator.train.checkpoints import Commit, Position
@@ -128,12 +130,14 @@ def _weights(names: list[str], shares: list[int]) -> str:
 
 
 def data_schedule(run: RunDir, recipe: Recipe, manifest: Manifest) -> Schedule:
-    """What the steps to come consume, without what the run has lost or quarantined.
+    """What the steps to come consume, without what the run has lost or quarantined, or passes over after a spike.
 
     Raises:
         UserError: a quarantined document is not part of the corpus.
     """
-    return schedule(manifest, recipe, _exclusions(run, recipe, manifest))
+    chosen = schedule(manifest, recipe, _exclusions(run, recipe, manifest))
+    spiked = tuple(passed(found) for found in rollbacks(run))
+    return replace(chosen, skip_steps=(*chosen.skip_steps, *spiked))
 
 
 def record_schedule(run: RunDir, attempt: int, chosen: Schedule, shares: tuple[int, ...], resume_step: int) -> None:
@@ -238,7 +242,7 @@ def lost_shards(run: RunDir) -> list[LostShard]:
 
 
 def _exclusions(run: RunDir, recipe: Recipe, manifest: Manifest) -> Exclusions:
-    lost, wanted = lost_shards(run), recipe.train.quarantine
+    lost, wanted = lost_shards(run), list(dict.fromkeys((*recipe.train.quarantine, *quarantined(run))))
     if not lost and not wanted:
         return Exclusions()
     before = run.last_schedule() or {}

@@ -27,6 +27,9 @@ ENGINE = (
     "models",
     "weights",
     "replicas",
+    "spikes",
+    "sample_losses",
+    "watch",
 )
 
 
@@ -61,7 +64,12 @@ def test_the_lower_layers_know_nothing_of_the_upper_ones(file: Path) -> None:
 @pytest.mark.parametrize(
     "file",
     modules(
-        "orchestrator/planning", "orchestrator/failures.py", "orchestrator/goodput.py", "orchestrator/data/order.py"
+        "orchestrator/planning",
+        "orchestrator/failures.py",
+        "orchestrator/goodput.py",
+        "orchestrator/data/order.py",
+        "orchestrator/train/spikes.py",
+        "orchestrator/train/learning_rate.py",
     ),
     ids=str,
 )

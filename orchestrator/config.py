@@ -285,6 +285,34 @@ class LayoutConfig(Section):
     """Keep only the inputs of decoder blocks for the backward pass, and compute the rest again."""
 
 
+class SpikesConfig(Section):
+    """A step whose loss or gradient norm jumps: how it is known, and what becomes of it."""
+
+    action: Literal["record", "skip", "rollback"] = "skip"
+    """record: it is noted and named. skip: its update is dropped, too. rollback: training goes back to the last
+    checkpoint before it, and passes over the steps around it."""
+    threshold: float = Field(default=6.0, gt=0)
+    """Robust z-score from which a step is a spike: how far it lies above the median of the steps before it."""
+    window: int = Field(default=128, ge=8)
+    """Steps that a step is compared with; in the first half of them nothing is a spike."""
+    jump: Count = 10
+    """Steps that a rollback passes over before the spike, and as many after it."""
+    max_rollbacks: int = Field(default=5, ge=0)
+    """Of the run; at the next spike it stops."""
+    quarantine: int | None = Field(default=None, ge=0)
+    """Documents at most that training goes on without after a spike, of samples whose losses stand out; they are left
+    out from the next attempt on. null: 3 with rollback, none otherwise."""
+
+    @property
+    def most_quarantined(self) -> int:
+        if self.quarantine is None:
+            return 3 if self.action == "rollback" else 0
+        return self.quarantine
+
+
+_LENGTHS = ("warmup_steps", "warmup_tokens", "decay_steps", "decay_tokens")
+
+
 class TrainConfig(Section):
     sequence_length: int = Field(default=2048, ge=8)
     """Tokens."""
@@ -294,9 +322,18 @@ class TrainConfig(Section):
     """Global batch sizes of the first steps; `global_batch_size` holds after them."""
     steps: int = Field(ge=1)
     lr: float = Field(gt=0)
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "linear"
+    """Of the learning rate, after a linear warm-up. wsd (warm-up, stable, decay) stays at `lr` until its decay begins:
+    only that depends on the run's end, so that more steps can be given to a run that has not come to it."""
     warmup_steps: int = Field(default=0, ge=0)
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """Linear and cosine decay to a tenth of `lr` at the last step."""
+    warmup_tokens: Count | None = None
+    """The same in tokens. Once a length is given in tokens, the whole schedule goes by tokens; else it goes by steps.
+    These differ with a batch ramp."""
+    decay_steps: Count | None = None
+    """How long the decay of wsd takes, up to the last step; without it and `decay_tokens` a fifth of the run."""
+    decay_tokens: Count | None = None
+    final_lr_share: float = Field(default=0.1, ge=0, le=1)
+    """Share of `lr` at the last step, for every schedule but constant."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: float = Field(default=0.1, ge=0)
     clip_norm: float = Field(default=1.0, gt=0)
@@ -316,6 +353,8 @@ class TrainConfig(Section):
     """Steps. Checkpoints of its multiples are kept for good."""
     keep_best: bool = False
     """Keep the checkpoint of the least held-out loss, too."""
+    evaluate_every: Count | None = None
+    """Steps. The loss on the held-out split is taken then and at the last step (`evaluation.held_out_sequences`)."""
     workers: Workers = Workers()
     """A number, or {min, max}. One worker drives one device."""
     cpus_per_worker: float = Field(default=1.0, gt=0)
@@ -330,6 +369,7 @@ class TrainConfig(Section):
     max_lost_shards: int = Field(default=0, ge=0)
     """Shards of the corpus that may turn out missing or damaged; training goes on without their samples. With one more
     the run stops at its last checkpoint."""
+    spikes: SpikesConfig = SpikesConfig()
 
     @model_validator(mode="after")
     def something_is_trained(self) -> Self:
@@ -345,6 +385,37 @@ class TrainConfig(Section):
         if covered == self.steps:
             raise ValueError("skip_steps leaves no step")
         return self
+
+    @model_validator(mode="after")
+    def rates_fit_the_run(self) -> Self:
+        lengths = {key: getattr(self, key) for key in _LENGTHS if getattr(self, key)}
+        by_tokens = [key for key in lengths if key.endswith("_tokens")]
+        if by_tokens and len(by_tokens) < len(lengths):
+            others = ", ".join(key for key in lengths if key not in by_tokens)
+            raise ValueError(f"{by_tokens[0]} beside {others}: a schedule goes by tokens or by steps, not by both")
+        for key in ("decay_steps", "decay_tokens"):
+            if key in lengths and self.schedule != "wsd":
+                raise ValueError(f"{key} is for schedule=wsd, and does nothing with schedule={self.schedule}")
+        if self.schedule == "constant" and self.final_lr_share != type(self).model_fields["final_lr_share"].default:
+            raise ValueError("final_lr_share does nothing with schedule=constant")
+        total, unit = (self.tokens(self.steps), "tokens") if by_tokens else (self.steps, "steps")
+        if sum(lengths.values()) > total:
+            parts = " and ".join(f"{key}={length}" for key, length in lengths.items())
+            raise ValueError(f"{parts}: longer than the run, which has {total} {unit}")
+        return self
+
+    @property
+    def rates_by_tokens(self) -> bool:
+        """Whether the learning rate goes by the tokens that were seen, and not by the steps."""
+        return self.warmup_tokens is not None or self.decay_tokens is not None
+
+    def tokens(self, step: int) -> int:
+        """Tokens of the steps up to this one."""
+        sequences, before = 0, 0
+        for stretch in self.batch_ramp:
+            sequences += max(0, min(step - before, stretch.steps)) * stretch.sequences
+            before += stretch.steps
+        return (sequences + max(0, step - before) * self.global_batch_size) * self.sequence_length
 
 
 class EvaluationConfig(Section):
@@ -414,10 +485,17 @@ MUTABLE = (
     "train.keep_checkpoints",
     "train.keep_every",
     "train.keep_best",
+    "train.evaluate_every",
+    "train.spikes",
     "train.max_restarts",
     "train.max_lost_shards",
     "train.quarantine",
     # What these decided for the steps that are done may not change: `resume.check_past` sees to it.
+    "train.steps",
+    "train.schedule",
+    "train.decay_steps",
+    "train.decay_tokens",
+    "train.final_lr_share",
     "corpus.mixture",
     "train.global_batch_size",
     "train.batch_ramp",

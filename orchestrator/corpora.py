@@ -193,7 +193,7 @@ def _consumed(corpus: Corpus, recipe: Recipe, what: str, numbers: list[int]) -> 
     if chosen.corpus_hash != corpus.manifest.hash:
         raise UserError(f"--trace {what}: the corpus has changed since the step was trained", "put it back")
     if chosen.skips(step):
-        raise UserError(f"--trace {what}: step {step} is passed over (train.skip_steps)")
+        raise UserError(f"--trace {what}: step {step} is passed over (train.skip_steps, or a loss spike)")
     shares = tuple(record["shares"]) if record else ()
     _check_place(what, numbers, chosen.order.batch_size(step), shares)
     ids = chosen.order.step(step)

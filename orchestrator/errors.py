@@ -70,6 +70,29 @@ class RunFailed(UserError):
     exit_code = 1
 
 
+class StepFailed(RunFailed):
+    """A step of training went wrong by what it computed, on every rank alike.
+
+    Args:
+        step: which.
+    """
+
+    def __init__(self, message: str, hint: str = "", step: int = 0) -> None:
+        super().__init__(message, hint)
+        self.step = step
+
+    def __reduce__(self) -> tuple[type["UserError"], tuple[str, str, int]]:
+        return type(self), (self.message, self.hint, self.step)
+
+
+class NotFinite(StepFailed):
+    """The loss or the gradient norm of a step is no number; the message names the ranks that it comes from."""
+
+
+class LossSpike(StepFailed):
+    """The loss jumped, and training is to go back behind the step."""
+
+
 class Interrupted(RunFailed):
     """The user stopped the run (Ctrl-C or `terrane stop`); the same command goes on."""
 

@@ -4,23 +4,41 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from orchestrator import storage
-from orchestrator.config import Recipe
+from orchestrator.config import Recipe, TrainConfig
 from orchestrator.data import inspection
 from orchestrator.data.encoding import end_of_document
 from orchestrator.data.exclusions import Exclusions, LostShard, Run
 from orchestrator.data.manifest import Manifest, load_manifest, schedule
 from orchestrator.data.schedule import Schedule, changes, differs
 from orchestrator.errors import RunFailed, ShardLost, StorageError, UserError
+from orchestrator.rollback import passed, quarantined, rollbacks
 from orchestrator.runs import RunDir
 from orchestrator.train import checkpoints
 from orchestrator.train.checkpoints import Commit, Position
+from orchestrator.train.learning_rate import learning_rate
 
 log = logging.getLogger(__name__)
+
+_RATES = {
+    "steps",
+    "lr",
+    "schedule",
+    "warmup_steps",
+    "warmup_tokens",
+    "decay_steps",
+    "decay_tokens",
+    "final_lr_share",
+    "batch_ramp",
+    "global_batch_size",
+}
+"""What of the recipe's `train` decides learning rates."""
 
 
 def resume_point(run: RunDir) -> Commit | None:
@@ -62,6 +80,25 @@ def check_past(run: RunDir, recipe: Recipe) -> None:
             f"{run.uri} is at step {position.step}, and what its steps consumed would change: {'; '.join(found)}",
             f"{change}take it back, or begin anew with --start-over",
         )
+    _check_rates(run, recipe.train, position.step)
+
+
+def _check_rates(run: RunDir, config: TrainConfig, last: int) -> None:
+    """See that the steps up to one were trained at the learning rates that a recipe gives them."""
+    before = run.recipe().train
+    if before.model_dump(include=_RATES) == config.model_dump(include=_RATES):
+        return
+    for step in range(1, last + 1):
+        was, now = learning_rate(before, step), learning_rate(config, step)
+        if not math.isclose(was, now):
+            changed = " and ".join(
+                f"train.{key}" for key in sorted(_RATES) if getattr(before, key) != getattr(config, key)
+            )
+            raise UserError(
+                f"{run.uri} is at step {last}, and with another {changed} the learning rates of its steps would "
+                f"change: step {step} had {was:.4g}, and would have {now:.4g}",
+                "take it back, or begin anew with --start-over; train.schedule=wsd can be made longer before its decay",
+            )
 
 
 def _position(run: RunDir) -> Position | None:
@@ -93,12 +130,14 @@ def _weights(names: list[str], shares: list[int]) -> str:
 
 
 def data_schedule(run: RunDir, recipe: Recipe, manifest: Manifest) -> Schedule:
-    """What the steps to come consume, without what the run has lost or quarantined.
+    """What the steps to come consume, without what the run has lost or quarantined, or passes over after a spike.
 
     Raises:
         UserError: a quarantined document is not part of the corpus.
     """
-    return schedule(manifest, recipe, _exclusions(run, recipe, manifest))
+    chosen = schedule(manifest, recipe, _exclusions(run, recipe, manifest))
+    spiked = tuple(passed(found) for found in rollbacks(run))
+    return replace(chosen, skip_steps=(*chosen.skip_steps, *spiked))
 
 
 def record_schedule(run: RunDir, attempt: int, chosen: Schedule, shares: tuple[int, ...], resume_step: int) -> None:
@@ -203,7 +242,7 @@ def lost_shards(run: RunDir) -> list[LostShard]:
 
 
 def _exclusions(run: RunDir, recipe: Recipe, manifest: Manifest) -> Exclusions:
-    lost, wanted = lost_shards(run), recipe.train.quarantine
+    lost, wanted = lost_shards(run), list(dict.fromkeys((*recipe.train.quarantine, *quarantined(run))))
     if not lost and not wanted:
         return Exclusions()
     before = run.last_schedule() or {}

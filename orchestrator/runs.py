@@ -108,6 +108,18 @@ class RunDir:
     def attempt_error(self, number: int) -> str:
         return storage.join(self.attempt(number), "error.json")
 
+    def spike(self, number: int, step: int) -> str:
+        """What an attempt found out about a loss spike."""
+        return storage.join(self.attempt(number), f"spike-{step:08d}.json")
+
+    def sample_losses(self, number: int, step: int) -> str:
+        """The losses of all samples of the steps up to a loss spike: numpy arrays `steps`, `ids` and `losses`."""
+        return storage.join(self.attempt(number), f"samples-{step:08d}.npz")
+
+    def rollback(self, number: int) -> str:
+        """Where the run went back to after an attempt that ended with a loss spike."""
+        return storage.join(self.attempt(number), "rollback.json")
+
     def attempt_logs(self, number: int) -> str:
         return storage.join(self.attempt(number), "logs")
 
@@ -163,6 +175,21 @@ class RunDir:
         """Those since the run was last started over."""
         after = self.last_before_start_over()
         return [number for number in self.attempts() if number > after]
+
+    def spikes(self) -> list[dict[str, Any]]:
+        """What the attempts since the run was last started over found out about loss spikes, in order."""
+        return self._of_attempts("spike-")
+
+    def rollbacks(self) -> list[dict[str, Any]]:
+        """Where the run went back to after loss spikes, since it was last started over, in order."""
+        return self._of_attempts("rollback.json")
+
+    def _of_attempts(self, prefix: str) -> list[dict[str, Any]]:
+        """The files of the current attempts whose names begin so."""
+        current = {f"{number:03d}" for number in self.current_attempts()}
+        found = [name.split("/") for name in storage.list_files(self.path("attempts"))]
+        chosen = sorted(name for name in found if name[0] in current and name[1].startswith(prefix))
+        return [storage.read_json(self.path("attempts", *name)) for name in chosen]
 
     def last_before_start_over(self) -> int:
         """Number of the last attempt that no longer counts, 0 where all do."""

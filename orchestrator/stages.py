@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from orchestrator import cluster, resume, storage, supervisor
+from orchestrator import cluster, resume, rollback, storage, supervisor
 from orchestrator.accelerators import ACCELERATORS
 from orchestrator.config import Recipe
 from orchestrator.console import Console
@@ -81,6 +81,7 @@ def _begin_anew(run: RunDir, recipe: Recipe) -> None:
 
 def _go_on(run: RunDir, recipe: Recipe) -> None:
     resume.finish_start_over(run)
+    rollback.finish(run)
     resume.check_past(run, recipe)
 
 

@@ -10,13 +10,22 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from orchestrator import cluster, failures, storage
+from orchestrator import cluster, failures, rollback, storage
 from orchestrator.accelerators import ACCELERATORS
 from orchestrator.config import Recipe
 from orchestrator.data import tokenizer
 from orchestrator.data.manifest import load_manifest
 from orchestrator.data.schedule import Schedule
-from orchestrator.errors import CheckpointDamaged, Interrupted, RunFailed, ShardLost, UserError
+from orchestrator.errors import (
+    CheckpointDamaged,
+    Interrupted,
+    LossSpike,
+    NotFinite,
+    RunFailed,
+    ShardLost,
+    StepFailed,
+    UserError,
+)
 from orchestrator.failures import Ending, Outcome
 from orchestrator.planning.search import Plan, plan
 from orchestrator.planning.shape import model_shape
@@ -42,6 +51,14 @@ POLL_S = 0.2
 # What a rank says when a peer went away before Ray noticed: the peer's death is the cause, not this rank.
 _PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "ncclRemoteError", "Broken pipe")
 
+_OUTCOMES: dict[type[UserError], Outcome] = {
+    ShardLost: "shard_lost",
+    CheckpointDamaged: "checkpoint_damaged",
+    NotFinite: "not_finite",
+    LossSpike: "spike",
+}
+"""Of errors that end an attempt and not the run; any other error of the user's ends both."""
+
 
 def supervise(run: RunDir, recipe: Recipe, on_step: Callable[[dict[str, Any]], None]) -> Commit:
     """Train to the last step, through any number of attempts.
@@ -59,6 +76,7 @@ def supervise(run: RunDir, recipe: Recipe, on_step: Callable[[dict[str, Any]], N
     storage.delete(run.stop_request)
     manifest = load_manifest(run.corpus)
     assert manifest is not None, "training follows the corpus stage"
+    rollback.finish(run)
     check_past(run, recipe)
     take_back(run, manifest)
     check_lost_shards(run, recipe)
@@ -77,8 +95,12 @@ def supervise(run: RunDir, recipe: Recipe, on_step: Callable[[dict[str, Any]], N
         if ending.lost_shard:
             lost = lose(run, manifest, ending.lost_shard, ending.message)
             run.log_event("shard_lost", attempt=attempt, shards=[shard.name for shard in lost])
-        allowance = recipe.train.max_lost_shards - len(lost_shards(run))
-        decision = failures.decide(endings, recipe.train.max_restarts, allowance)
+        decision = failures.decide(
+            endings,
+            recipe.train.max_restarts,
+            shard_allowance=recipe.train.max_lost_shards - len(lost_shards(run)),
+            rollback_allowance=recipe.train.spikes.max_rollbacks - len(run.rollbacks()),
+        )
         run.log_event("attempt_ended", **asdict(ending))
         run.log_event("decided", attempt=attempt, action=decision.action, reason=decision.reason)
         if ending.outcome == "stopped":
@@ -92,6 +114,8 @@ def supervise(run: RunDir, recipe: Recipe, on_step: Callable[[dict[str, Any]], N
             raise RunFailed(f"attempt {attempt} ended: {_first_line(ending.message)}; {decision.reason}", hint)
         if decision.action == "restart":
             log.warning("attempt %d: %s", attempt, decision.reason)
+            if ending.outcome == "spike":
+                rollback.roll_back(run, recipe, attempt, ending.failed_step)
 
 
 def make_plan(run: RunDir, recipe: Recipe) -> Plan:
@@ -158,6 +182,7 @@ def _attempt(
         last_step=max(follower.last_step, step),
         committed_step=step,
         lost_shard=cause.shard if isinstance(cause, ShardLost) else "",
+        failed_step=cause.step if isinstance(cause, StepFailed) else 0,
         hint=cause.hint if cause else "",
     )
 
@@ -267,7 +292,7 @@ def _judge(error: Exception | None) -> tuple[Outcome, str, UserError | None]:
         causes = {rank: _cause(failure) for rank, failure in sorted(error.worker_failures.items())}
         for cause in causes.values():
             if isinstance(cause, UserError):
-                return _outcome(cause), cause.message, cause
+                return _OUTCOMES.get(type(cause), "user_error"), cause.message, cause
         for rank, cause in causes.items():
             if isinstance(cause, RayActorError):
                 return "worker_lost", f"rank {rank}: {_first_line(str(cause))}", None
@@ -279,12 +304,6 @@ def _judge(error: Exception | None) -> tuple[Outcome, str, UserError | None]:
     if isinstance(error, ControllerError):
         return "worker_lost", _first_line(str(error.controller_failure)), None
     return ("worker_lost" if isinstance(error, RayError) else "error"), f"{type(error).__name__}: {error}", None
-
-
-def _outcome(error: UserError) -> Outcome:
-    if isinstance(error, ShardLost):
-        return "shard_lost"
-    return "checkpoint_damaged" if isinstance(error, CheckpointDamaged) else "user_error"
 
 
 def _cause(failure: BaseException) -> BaseException:

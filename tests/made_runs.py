@@ -80,13 +80,13 @@ def manifest_of(run: RunDir) -> Manifest:
     return found
 
 
-def commit(run: RunDir, chosen: Schedule, step: int, attempt: int = 1) -> Commit:
+def commit(run: RunDir, chosen: Schedule, step: int, attempt: int = 1, watch: dict[str, Any] | None = None) -> Commit:
     """A checkpoint of a step, as an attempt on that schedule leaves it."""
     directory = checkpoints.step_directory(run.checkpoints, step)
     name = f"{checkpoints.attempt_folder(attempt)}/__0_0.distcp"
     data = f"state of step {step}".encode()
     storage.write(storage.join(directory, name), data)
-    position = Position(step=step, updates=step, past=chosen.past(step))
+    position = Position(step=step, updates=step, past=chosen.past(step), watch=watch or {})
     made = Commit(attempt=attempt, position=position, files={name: len(data)}, metadata_xxh3="")
     storage.write(storage.join(directory, checkpoints.COMMITTED), checkpoints.sealed(made))
     return made

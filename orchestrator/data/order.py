@@ -7,6 +7,7 @@ data position is one integer. Needs neither the samples nor memory in proportion
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,6 +80,11 @@ class Order:
     def changes(self) -> list[int]:
         """The steps at which the batch size changes."""
         return [first for _, first, _ in self._batches()[1:]]
+
+    def stage(self, step: int) -> int:
+        """Which stage of the mixture the first sample of a step is of, counted from 0."""
+        ends = itertools.accumulate(stage.samples or 0 for stage in self.stages[:-1])
+        return sum(end <= self.position(step) for end in ends)
 
     def position(self, step: int) -> int:
         """Samples that the steps before this one consume."""

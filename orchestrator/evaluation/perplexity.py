@@ -10,7 +10,7 @@ import numpy as np
 from orchestrator import storage
 from orchestrator.config import Recipe
 from orchestrator.data.manifest import Manifest
-from orchestrator.errors import RunFailed, ShardLost
+from orchestrator.evaluation.held_out import held_out_tokens, sequences_of
 from orchestrator.runs import RunDir
 
 BATCH = 8
@@ -23,11 +23,8 @@ def evaluate(run: RunDir, recipe: Recipe, manifest: Manifest, step: int, device:
 
     from orchestrator.train.models import base_model
 
-    sequences = min(recipe.evaluation.held_out_sequences, manifest.sequences("held_out"))
-    try:
-        tokens = manifest.reader(run.corpus, "held_out").take(np.arange(sequences))
-    except ShardLost as error:
-        raise RunFailed(error.message, "evaluation needs it: restore it and run the same command") from None
+    sequences = sequences_of(recipe, manifest)
+    tokens = held_out_tokens(run.corpus, manifest, 0, sequences)
     base = base_model(recipe, manifest.vocab_size, torch.float32)
     with storage.local_directory(run.model) as folder:
         model = AutoModelForCausalLM.from_pretrained(folder)

@@ -14,7 +14,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from orchestrator import storage
@@ -34,6 +34,8 @@ class Position:
     """Optimizer steps that were made: fewer than steps where some were passed over."""
     past: dict[str, Any]
     """All that decided what the steps consumed (data.schedule.Schedule.past)."""
+    watch: dict[str, Any] = field(default_factory=dict)
+    """What the steps to come are judged by (train.watch.Watch.state)."""
 
 
 @dataclass(frozen=True, kw_only=True)

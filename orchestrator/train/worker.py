@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import os
 import signal
 import time
@@ -15,11 +14,16 @@ from typing import Any
 
 from orchestrator import accelerators, storage
 from orchestrator.config import Recipe
-from orchestrator.data.schedule import Schedule, Share
+from orchestrator.data.manifest import Manifest, load_manifest
+from orchestrator.data.schedule import Role, Schedule, Share
 from orchestrator.errors import UserError
+from orchestrator.evaluation.held_out import HeldOut
 from orchestrator.planning.search import Plan
 from orchestrator.runs import RunDir
 from orchestrator.train.checkpoints import Commit, Position, Retention
+from orchestrator.train.learning_rate import learning_rate
+from orchestrator.train.sample_losses import SampleLosses
+from orchestrator.train.watch import Watch
 
 log = logging.getLogger("terrane.worker")
 
@@ -56,9 +60,7 @@ def train_worker(values: dict[str, Any]) -> None:
 
 
 def _train(job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int) -> None:
-    from orchestrator.data.manifest import load_manifest
     from orchestrator.data.stream import stream
-    from orchestrator.train.learning_rate import learning_rate
     from orchestrator.train.replicas import reading_group, replicated
 
     config, resume = recipe.train, job.commit()
@@ -73,29 +75,33 @@ def _train(job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int) -> None
     shares = replicated(read, role, *reading_group(plan))
     recorder = Recorder(run, job.attempt, rank, schedule)
     saver = _saver(run, recipe, job.attempt, recorder)
+    watch = _watch(job, recipe, plan, manifest, schedule, role)
+    held_out = HeldOut(run.corpus, recipe, manifest, role) if config.evaluate_every else None
     stop = StopRequest(run, rank)
     updates = resume.position.updates if resume else 0
     asked = False
     with contextlib.closing(recorder), contextlib.closing(saver):
         for share in recorder.timed(shares):
-            step = share.step
+            step, held_out_loss = share.step, None
             if share.targets:
                 lr = learning_rate(config, step)
-                result = engine.step(share, lr, flag=stop.requested())
-                recorder.record(step, result, lr)
-                updates, asked = updates + 1, result.flag
-                if not math.isfinite(result.loss):
-                    raise FloatingPointError(f"loss is {result.loss} at step {step}")
+                result = engine.step(share, lr, stop.requested(), watch.accepts(step))
+                recorder.computed()
+                if held_out and _due(step, config.evaluate_every, config.steps):
+                    held_out_loss = held_out.loss(engine)
+                recorder.record(step, result, lr, held_out_loss)
+                updates, asked = updates + result.applied, result.flag
+                watch.follow(step, result)
             else:
                 log.info("step %d: passed over", step)
             saver.poll()
             _inject_faults(recipe, run, rank, step, saver)
             if step == config.steps and not updates:
                 raise UserError("no step had anything to learn from: all of it is skipped, quarantined or lost")
-            if step % config.checkpoint_every == 0 or step == config.steps or asked:
-                position = Position(step=step, updates=updates, past=schedule.past(step))
+            if _due(step, config.checkpoint_every, config.steps) or asked:
+                position = Position(step=step, updates=updates, past=schedule.past(step), watch=watch.state())
                 with recorder.saving():
-                    engine.save(saver, position)
+                    engine.save(saver, position, held_out_loss)
             if asked:
                 break
         saver.wait()
@@ -124,6 +130,17 @@ def _ready_engine(
     else:
         engine.start(open_weights(recipe.model, vocab_size, train.sequence_length, train.seed))
     return engine
+
+
+def _watch(job: Job, recipe: Recipe, plan: Plan, manifest: Manifest, schedule: Schedule, role: Role) -> Watch:
+    run, config, resume = RunDir(job.run), recipe.train.spikes, job.commit()
+    samples = SampleLosses(run.corpus, manifest, schedule, role, config.jump + 1)
+    state = resume.position.watch if resume else {}
+    return Watch(run, job.attempt, config, schedule.order, samples, fp16=plan.dtype == "fp16", state=state)
+
+
+def _due(step: int, every: int | None, last: int) -> bool:
+    return step == last or (every is not None and step % every == 0)
 
 
 def _saver(run: RunDir, recipe: Recipe, attempt: int, recorder: Recorder) -> Any:
@@ -180,7 +197,7 @@ class Recorder:
     def __init__(self, run: RunDir, attempt: int, rank: int, schedule: Schedule) -> None:
         self._out = storage.Appender(run.metrics(attempt)) if rank == 0 else None
         self._schedule = schedule
-        self._started = self._received = 0.0
+        self._started = self._received = self._computed = 0.0
         self.checkpoint_s = 0.0
 
     def timed(self, shares: Iterator[Share]) -> Iterator[Share]:
@@ -190,8 +207,12 @@ class Recorder:
             self._received = time.perf_counter()
             yield share
 
-    def record(self, step: int, result: Any, lr: float) -> None:
-        now = time.perf_counter()
+    def computed(self) -> None:
+        """The step is made; what comes now is no part of its time."""
+        self._computed = time.perf_counter()
+
+    def record(self, step: int, result: Any, lr: float, held_out_loss: float | None) -> None:
+        now = self._computed
         tokens = self._schedule.order.batch_size(step) * self._schedule.sequence_length
         line = {
             "step": step,
@@ -199,6 +220,7 @@ class Recorder:
             "loss": result.loss,
             "grad_norm": result.grad_norm,
             "lr": lr,
+            "applied": result.applied,
             "tokens": self._schedule.order.position(step + 1) * self._schedule.sequence_length,
             "tokens_per_second": tokens / (now - self._started),
             "step_time_s": now - self._started,
@@ -206,7 +228,9 @@ class Recorder:
             "compute_s": now - self._received,
             "checkpoint_s": self.checkpoint_s,
         }
-        self._started, self.checkpoint_s = now, 0.0
+        self._started, self.checkpoint_s = time.perf_counter(), 0.0
+        if held_out_loss is not None:
+            line |= {"held_out_loss": held_out_loss, "evaluation_s": self._started - now}
         if self._out:
             self._out.append(json.dumps(line))
 

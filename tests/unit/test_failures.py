@@ -68,3 +68,21 @@ def test_a_damaged_checkpoint_costs_no_restart() -> None:
     decision = decide(damaged, max_restarts=0)
     assert decision.action == "restart"
     assert decision.reason == "goes on from the checkpoint before: resume at step 10"
+
+
+def test_what_is_not_finite_is_tried_once_more() -> None:
+    """A device that erred will not err alike again; the same step with the same end is for the data."""
+    first = ending("not_finite", failed_step=24)
+    assert decide([first], max_restarts=3).action == "restart"
+    decision = decide([first, ending("not_finite", failed_step=24, message="from rank 1 on another host")], 3)
+    assert (decision.action, "step 24 came to the same again" in decision.reason) == ("give_up", True)
+    assert decide([first, ending(), ending("not_finite", failed_step=24)], max_restarts=9).action == "give_up"
+    assert decide([first, ending("not_finite", failed_step=25)], max_restarts=3).action == "restart"
+
+
+def test_behind_a_spike_the_run_goes_back_as_often_as_it_may() -> None:
+    spikes = [ending("spike", failed_step=24 + n, resumed_from=20) for n in range(5)]
+    decision = decide(spikes, max_restarts=0, rollback_allowance=1)
+    assert (decision.action, decision.reason) == ("restart", "goes back behind step 28")
+    decision = decide(spikes, max_restarts=10, rollback_allowance=0)
+    assert (decision.action, "train.spikes.max_rollbacks" in decision.reason) == ("give_up", True)

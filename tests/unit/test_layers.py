@@ -28,6 +28,9 @@ ENGINE = (
     "weights",
     "safetensors_files",
     "replicas",
+    "spikes",
+    "sample_losses",
+    "watch",
 )
 
 
@@ -62,7 +65,12 @@ def test_the_lower_layers_know_nothing_of_the_upper_ones(file: Path) -> None:
 @pytest.mark.parametrize(
     "file",
     modules(
-        "orchestrator/planning", "orchestrator/failures.py", "orchestrator/goodput.py", "orchestrator/data/order.py"
+        "orchestrator/planning",
+        "orchestrator/failures.py",
+        "orchestrator/goodput.py",
+        "orchestrator/data/order.py",
+        "orchestrator/train/spikes.py",
+        "orchestrator/train/learning_rate.py",
     ),
     ids=str,
 )

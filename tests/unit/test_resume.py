@@ -192,6 +192,45 @@ def test_the_same_schedule_again_is_no_event(run: RunDir) -> None:
     assert not [event for event in run.events() if event["event"] == "schedule_changed"]
 
 
+# --- learning rates ---------------------------------------------------------------------------------------------------
+
+STABLE = {"schedule": "wsd", "decay_steps": 4}
+"""Of 20 steps: the rates fall after step 16."""
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (STABLE, {**STABLE, "steps": 40}),
+        (STABLE, {**STABLE, "final_lr_share": 0.0}),
+        (STABLE, {"schedule": "wsd", "decay_steps": 12}),
+        ({"schedule": "constant"}, {**STABLE, "steps": 15}),
+    ],
+)
+def test_rates_of_steps_to_come_may_change(run: RunDir, before: dict[str, Any], after: dict[str, Any]) -> None:
+    train(run, recipe(root_of(run), **before), 1, 8)
+    resume.check_past(run, recipe(root_of(run), **after))
+    open_run(recipe(root_of(run), **after))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "named"),
+    [
+        ({}, {"steps": 40}, "train.steps"),
+        ({}, {"schedule": "wsd"}, "train.schedule"),
+        (STABLE, {"schedule": "wsd", "decay_steps": 13}, "train.decay_steps"),
+        (STABLE, {"schedule": "wsd", "decay_steps": 4, "steps": 9}, "train.steps"),
+        ({"schedule": "cosine"}, {"schedule": "cosine", "final_lr_share": 0.2}, "train.final_lr_share"),
+    ],
+)
+def test_rates_of_steps_that_are_done_may_not(
+    run: RunDir, before: dict[str, Any], after: dict[str, Any], named: str
+) -> None:
+    train(run, recipe(root_of(run), **before), 1, 8)
+    refused = refusal(run, recipe(root_of(run), **after))
+    assert f"with another {named} the learning rates of its steps would change" in refused.message
+
+
 # --- quarantine -------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,77 @@
+"""What loss spikes cost a run: checkpoints that it goes back behind, steps passed over, documents left out.
+
+An attempt leaves what it found out about a spike in its directory, and the supervisor where the run went back to. Both
+count until the run is started over; nothing else keeps them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+
+from orchestrator.config import Recipe
+from orchestrator.errors import StorageError
+from orchestrator.runs import RunDir
+from orchestrator.train import checkpoints, spikes
+from orchestrator.train.spikes import Rollback
+
+log = logging.getLogger(__name__)
+
+
+def roll_back(run: RunDir, recipe: Recipe, attempt: int, step: int) -> Rollback:
+    """Go back behind the spike that an attempt ended with: the next one resumes at the checkpoint before it.
+
+    That holds from one write on; `finish` does the rest after a kill.
+    """
+    train = recipe.train
+    found = spikes.rollback(
+        attempt=attempt,
+        step=step,
+        jump=train.spikes.jump,
+        committed=checkpoints.committed_steps(run.checkpoints),
+        steps=train.steps,
+    )
+    run.write_json(run.rollback(attempt), vars(found))
+    finish(run)
+    documents = quarantined_by(run, attempt)
+    run.log_event("rolled_back", **vars(found), quarantined=documents)
+    log.warning(
+        "loss spike at step %d: back to step %d; steps %d to %d are passed over", step, found.back_to, *passed(found)
+    )
+    if documents:
+        log.warning("loss spike at step %d: goes on without %s", step, ", ".join(documents))
+    return found
+
+
+def finish(run: RunDir) -> None:
+    """Set aside the checkpoints that the run went back behind, where that was not done to its end."""
+    for found in rollbacks(run):
+        for step in checkpoints.committed_steps(run.checkpoints):
+            if step > found.back_to and _attempt_of(run, step) <= found.attempt:
+                checkpoints.set_aside(run.checkpoints, step, "rolled-back")
+
+
+def _attempt_of(run: RunDir, step: int) -> float:
+    """Of a commit; one that cannot be read is set aside where it is needed."""
+    try:
+        return checkpoints.read_commit(run.checkpoints, step).attempt
+    except StorageError:
+        return math.inf
+
+
+def rollbacks(run: RunDir) -> list[Rollback]:
+    return [Rollback(**values) for values in run.rollbacks()]
+
+
+def passed(found: Rollback) -> tuple[int, int]:
+    """First and last step that are passed over."""
+    return found.first, found.last
+
+
+def quarantined(run: RunDir) -> list[str]:
+    """Documents that the run goes on without because of spikes."""
+    return list(dict.fromkeys(document for spike in run.spikes() for document in spike["quarantined"]))
+
+
+def quarantined_by(run: RunDir, attempt: int) -> list[str]:
+    return [document for spike in run.spikes() if spike["attempt"] == attempt for document in spike["quarantined"]]

@@ -32,6 +32,8 @@ class Position:
     step: int
     updates: int
     """Optimizer steps that were made: fewer than steps where some were passed over."""
+    loss_scale: float | None = None
+    """Of training in fp16."""
     past: dict[str, Any]
     """All that decided what the steps consumed (data.schedule.Schedule.past)."""
     watch: dict[str, Any] = field(default_factory=dict)

@@ -110,6 +110,13 @@ class Engine:
             checkpoints.load(directory, commit, self._state.fragments())
             self._state.set_step(commit.position.updates)
             self._state.refresh()
+        if self.loss_scale and commit.position.loss_scale:
+            self._state.set_loss_scale(commit.position.loss_scale)
+
+    @property
+    def loss_scale(self) -> float | None:
+        """That fp16 training multiplies its loss with at present; None in other precisions."""
+        return float(self._engine.optimizer.loss_scale) if self._plan.dtype == "fp16" else None
 
     def save(self, saver: Saver, position: checkpoints.Position, held_out_loss: float | None = None) -> Timing:
         """Begin to commit a checkpoint; see Saver.save."""

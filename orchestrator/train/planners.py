@@ -10,6 +10,7 @@ from torch.distributed.checkpoint import (
     DefaultLoadPlanner,
     DefaultSavePlanner,
     LoadPlan,
+    Metadata,
     ReadItem,
     SavePlan,
 )
@@ -23,7 +24,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from orchestrator.errors import RunFailed
-from orchestrator.train.fragments import Fragment
+from orchestrator.train.fragments import PARAM, Fragment
 
 
 def key(kind: str, name: str) -> str:
@@ -94,3 +95,13 @@ def _write_item(index: MetadataIndex, shape: tuple[int, ...], tensor: torch.Tens
     chunk = ChunkStorageMetadata(index.offset, tensor.shape)
     data = TensorWriteData(chunk, TensorProperties(dtype=tensor.dtype), torch.Size(shape))
     return WriteItem(index, WriteItemType.SHARD, tensor_data=data)
+
+
+def stored_shapes(metadata: Metadata) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter in a checkpoint, by name."""
+    prefix = key(PARAM, "")
+    return {
+        fqn.removeprefix(prefix): tuple(stored.size)
+        for fqn, stored in metadata.state_dict_metadata.items()
+        if fqn.startswith(prefix) and isinstance(stored, TensorStorageMetadata)
+    }

@@ -99,7 +99,13 @@ def _train(job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int) -> None
             if step == config.steps and not updates:
                 raise UserError("no step had anything to learn from: all of it is skipped, quarantined or lost")
             if _due(step, config.checkpoint_every, config.steps) or asked:
-                position = Position(step=step, updates=updates, past=schedule.past(step), watch=watch.state())
+                position = Position(
+                    step=step,
+                    updates=updates,
+                    loss_scale=engine.loss_scale,
+                    past=schedule.past(step),
+                    watch=watch.state(),
+                )
                 with recorder.saving():
                     engine.save(saver, position, held_out_loss)
             if asked:

@@ -73,6 +73,10 @@ class ZeroState:
         for state in self._adam().state.values():
             state["step"].fill_(float(step))
 
+    def set_loss_scale(self, scale: float) -> None:
+        """Of training in fp16."""
+        self.zero.loss_scaler.cur_scale = scale
+
     def _adam(self) -> torch.optim.Optimizer:
         adam: torch.optim.Optimizer = self.zero.optimizer
         return adam

@@ -33,6 +33,8 @@ DEVICE_MEMORY_GIB = {
     "T4": 16,
 }
 UNKNOWN_DEVICE_MEMORY_GIB = 16
+WITHOUT_BF16 = ("P100", "P4", "T4", "V100")
+"""Ray's accelerator types of NVIDIA cards before Ampere, whose matrix units know fp16 alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,8 @@ class NodePool:
     nodes: tuple[Node, ...]
     device_memory_bytes: int = 0
     """Of one GPU or DCU; a CPU worker has its share of its node's memory instead."""
+    bf16: bool = True
+    """Whether the devices compute in bf16, where their kind does at all."""
 
     def devices_by_node(self, cpus_per_worker: float) -> list[int]:
         """Devices that workers can take: a worker does not span two nodes."""

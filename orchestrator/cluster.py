@@ -87,19 +87,22 @@ def node_pools() -> list[NodePool]:
     """
     import ray
 
-    groups: dict[tuple[str, int], list[Node]] = {}
+    groups: dict[tuple[str, int, bool], list[Node]] = {}
     for row in ray.nodes():
         if row["Alive"]:
             groups.setdefault(_kind(row), []).append(_node(row))
     if not groups:
         raise RunFailed("the Ray cluster has no alive node")
     return [
-        NodePool(accelerator=name, nodes=tuple(sorted(nodes, key=lambda node: node.id)), device_memory_bytes=memory)
-        for (name, memory), nodes in sorted(groups.items())
+        NodePool(
+            accelerator=name, nodes=tuple(sorted(nodes, key=lambda n: n.id)), device_memory_bytes=memory, bf16=bf16
+        )
+        for (name, memory, bf16), nodes in sorted(groups.items())
     ]
 
 
-def _kind(row: dict[str, Any]) -> tuple[str, int]:
+def _kind(row: dict[str, Any]) -> tuple[str, int, bool]:
+    """(accelerator, bytes of a device, whether it computes in bf16)."""
     labels: dict[str, str] = row.get("Labels") or {}
     has_devices = row["Resources"].get("GPU", 0) >= 1
     name = labels.get(accelerators.LABEL) or ("cuda" if has_devices else "cpu")
@@ -107,10 +110,11 @@ def _kind(row: dict[str, Any]) -> tuple[str, int]:
         known = ", ".join(accelerators.ACCELERATORS)
         raise UserError(f"node {row['NodeManagerAddress']} has {accelerators.LABEL}={name}", f"known: {known}")
     if accelerators.ACCELERATORS[name].ray_resource == "CPU":
-        return name, 0
+        return name, 0, True
     model = labels.get("ray.io/accelerator-type", "")
     fallback = accelerators.DEVICE_MEMORY_GIB.get(model, accelerators.UNKNOWN_DEVICE_MEMORY_GIB)
-    return name, int(float(labels.get(accelerators.MEMORY_LABEL, fallback)) * 2**30)
+    memory = int(float(labels.get(accelerators.MEMORY_LABEL, fallback)) * 2**30)
+    return name, memory, model not in accelerators.WITHOUT_BF16
 
 
 def _node(row: dict[str, Any]) -> Node:

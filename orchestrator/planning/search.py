@@ -108,11 +108,15 @@ def plan(recipe: Recipe, shape: ModelShape, pools: list[NodePool]) -> Plan:
     """
     fitting: list[Plan] = []
     rejected: list[_Rejected] = []
+    impossible: list[PlanError] = []
     for pool in pools:
-        for found in _layouts(recipe.train, shape, pool, single=len(pools) == 1):
-            (fitting if isinstance(found, Plan) else rejected).append(found)  # type: ignore[arg-type]
+        try:
+            for found in _layouts(recipe.train, shape, pool, single=len(pools) == 1):
+                (fitting if isinstance(found, Plan) else rejected).append(found)  # type: ignore[arg-type]
+        except PlanError as error:  # another pool may do what this one cannot
+            impossible.append(error)
     if not fitting:
-        raise _no_plan(recipe.train, pools, rejected)
+        raise impossible[0] if impossible else _no_plan(recipe.train, pools, rejected)
     ranked = sorted(fitting, key=lambda p: (p.step_time_s, -p.micro_batch_size))
     best = ranked[0]
     slower = [f"{_name(p)}: {p.step_time_s:.3g} s a step against {best.step_time_s:.3g}" for p in ranked[1:]]
@@ -123,13 +127,14 @@ def plan(recipe: Recipe, shape: ModelShape, pools: list[NodePool]) -> Plan:
 
 
 def _layouts(train: TrainConfig, shape: ModelShape, pool: NodePool, single: bool) -> Iterator[Plan | _Rejected]:
-    layout = layout_of(train, shape, choose_dtype(train.dtype, pool.accelerator))
+    dtype = choose_dtype(train.dtype, pool)
+    layout = layout_of(train, shape, dtype)
     devices = _devices(train, pool)
     fewest = math.ceil(train.workers.min / layout.devices)
     for replicas in range(fewest, min(min(train.workers.max, devices) // layout.devices, train.global_batch_size) + 1):
         share = math.ceil(largest_batch(train) / replicas)
         for micro_batch_size in sorted({math.ceil(share / parts) for parts in range(1, share + 1)}):
-            yield _judge(train, shape, pool, single, layout, replicas, micro_batch_size)
+            yield _judge(train, shape, pool, single, layout, dtype, replicas, micro_batch_size)
 
 
 def _devices(train: TrainConfig, pool: NodePool) -> int:
@@ -144,10 +149,10 @@ def _judge(
     pool: NodePool,
     single: bool,
     layout: Layout,
+    dtype: str,
     replicas: int,
     micro_batch_size: int,
 ) -> Plan | _Rejected:
-    dtype = choose_dtype(train.dtype, pool.accelerator)
     share = math.ceil(largest_batch(train) / replicas)
     accumulation = math.ceil(share / micro_batch_size)
     memory: Memory = worker_memory(
@@ -199,11 +204,22 @@ def largest_batch(train: TrainConfig) -> int:
     return max(train.global_batch_size, *(stretch.sequences for stretch in train.batch_ramp), 1)
 
 
-def choose_dtype(asked: str, accelerator: str) -> str:
-    """Working precision: what the recipe asks for, or the best that the device computes natively."""
-    if asked != "auto":
-        return asked
-    return {"cpu": "fp32", "cuda": "bf16", "dcu": "fp16"}[accelerator]
+def choose_dtype(asked: str, pool: NodePool) -> str:
+    """Working precision: what the recipe asks for, or the best that the devices compute natively.
+
+    Raises:
+        PlanError: they do not compute in what is asked for.
+    """
+    native = {"cpu": ("fp32", "bf16"), "dcu": ("fp16", "fp32", "bf16"), "cuda": ("bf16", "fp16", "fp32")}[
+        pool.accelerator
+    ]
+    if not pool.bf16:
+        native = tuple(dtype for dtype in native if dtype != "bf16")
+    if asked == "auto":
+        return native[0]
+    if asked not in native:
+        raise PlanError(f"train.dtype={asked} is not for {pool}", f"use {' or '.join(native)}, or auto")
+    return asked
 
 
 def _name(plan: Plan) -> str:

@@ -45,7 +45,8 @@ class StepResult:
     broken_ranks: tuple[int, ...]
     """Those whose loss is not finite."""
     sample_losses: np.ndarray | None
-    """Mean over the targets of each sequence of this rank's share, float32; None on ranks that compute no loss."""
+    """Mean over the targets of each sequence of this rank's share, float32; None on ranks that compute no loss, and on
+    all but the first of a tensor-parallel group."""
 
 
 class Engine:
@@ -166,7 +167,7 @@ class Engine:
             applied=judgement.applied,
             flag=any(judgement.flags),
             broken_ranks=tuple(rank for rank, value in enumerate(judgement.sums) if not math.isfinite(value)),
-            sample_losses=_sample_losses(judgement.losses, share, count),
+            sample_losses=None if self._tensor_rank else _sample_losses(judgement.losses, share, count),
         )
 
     def evaluate(self, tokens: np.ndarray | None, counted: np.ndarray | None, sequences: int) -> tuple[float, int]:

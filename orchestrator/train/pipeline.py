@@ -79,6 +79,4 @@ def train_batch(engine: Any, batches: Iterator[Any], count: int) -> None:
 
 def eval_batch(engine: Any, batches: Iterator[Any], count: int) -> None:
     """The forward pass of `count` micro-batches."""
-    engine.fwd_outputs = []
     engine.eval_batch(batches, reduce_output=None, bcast_loss=False, num_micro_batches=count)
-    engine.module.train()

@@ -29,7 +29,9 @@ def recipe(**train: Any) -> Recipe:
     )
 
 
-def pool(accelerator: str = "cpu", nodes: int = 1, cpus: float = 2, gpus: float = 0, gib: int = 16) -> NodePool:
+def pool(
+    accelerator: str = "cpu", nodes: int = 1, cpus: float = 2, gpus: float = 0, gib: int = 16, bf16: bool = True
+) -> NodePool:
     return NodePool(
         accelerator=accelerator,
         nodes=tuple(
@@ -37,6 +39,7 @@ def pool(accelerator: str = "cpu", nodes: int = 1, cpus: float = 2, gpus: float 
             for n in range(nodes)
         ),
         device_memory_bytes=gib * GIB if gpus else 0,
+        bf16=bf16,
     )
 
 
@@ -83,6 +86,28 @@ def test_more_workers_than_devices_are_refused_with_the_number_that_is_there() -
 def test_more_workers_than_sequences_are_refused() -> None:
     with pytest.raises(PlanError, match="is more than train"):
         plan(recipe(workers={"min": 32, "max": 64}), SMALL, [pool(nodes=40)])
+
+
+@pytest.mark.parametrize(
+    ("pools", "asked", "chosen"),
+    [
+        ([pool()], "auto", "fp32"),
+        ([pool()], "bf16", "bf16"),
+        ([pool("cuda", gpus=2)], "auto", "bf16"),
+        ([pool("cuda", gpus=2, bf16=False)], "auto", "fp16"),
+        ([pool("dcu", gpus=2)], "auto", "fp16"),
+        ([pool(), pool("dcu", gpus=2)], "fp16", "fp16"),
+    ],
+)
+def test_the_precision_is_one_that_the_devices_compute_in(pools: list[NodePool], asked: str, chosen: str) -> None:
+    assert plan(recipe(dtype=asked), SMALL, pools).dtype == chosen
+
+
+def test_a_precision_that_no_device_computes_in_is_refused() -> None:
+    with pytest.raises(PlanError, match="train.dtype=fp16 is not for 1 cpu node"):
+        plan(recipe(dtype="fp16"), SMALL, [pool()])
+    with pytest.raises(PlanError, match="train.dtype=bf16 is not for 1 cuda node"):
+        plan(recipe(dtype="bf16"), SMALL, [pool("cuda", gpus=2, bf16=False)])
 
 
 def test_zero_splits_the_states_and_not_the_weights() -> None:
@@ -135,14 +160,17 @@ def ray_node(**values: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("labels", "gpus", "kind"),
     [
-        ({}, 0, ("cpu", 0)),
-        ({"ray.io/accelerator-type": "A100"}, 4, ("cuda", 40 * GIB)),
-        ({"terrane.io/accelerator": "dcu"}, 4, ("dcu", 16 * GIB)),
-        ({"terrane.io/accelerator": "dcu", "terrane.io/device-memory-gib": "64"}, 4, ("dcu", 64 * GIB)),
-        ({}, 1, ("cuda", 16 * GIB)),
+        ({}, 0, ("cpu", 0, True)),
+        ({"ray.io/accelerator-type": "A100"}, 4, ("cuda", 40 * GIB, True)),
+        ({"ray.io/accelerator-type": "V100"}, 4, ("cuda", 16 * GIB, False)),
+        ({"terrane.io/accelerator": "dcu"}, 4, ("dcu", 16 * GIB, True)),
+        ({"terrane.io/accelerator": "dcu", "terrane.io/device-memory-gib": "64"}, 4, ("dcu", 64 * GIB, True)),
+        ({}, 1, ("cuda", 16 * GIB, True)),
     ],
 )
-def test_nodes_are_told_apart_by_devices_and_labels(labels: dict[str, str], gpus: int, kind: tuple[str, int]) -> None:
+def test_nodes_are_told_apart_by_devices_and_labels(
+    labels: dict[str, str], gpus: int, kind: tuple[str, int, bool]
+) -> None:
     node = ray_node(Labels=labels, Resources={"CPU": 4.0, "GPU": float(gpus)})
     assert cluster._kind(node) == kind
 

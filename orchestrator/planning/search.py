@@ -204,6 +204,10 @@ def largest_batch(train: TrainConfig) -> int:
     return max(train.global_batch_size, *(stretch.sequences for stretch in train.batch_ramp), 1)
 
 
+_DTYPES = {"cpu": ("fp32", "bf16"), "dcu": ("fp16", "fp32", "bf16"), "cuda": ("bf16", "fp16", "fp32")}
+"""What each kind of device computes in, the best first."""
+
+
 def choose_dtype(asked: str, pool: NodePool) -> str:
     """Working precision: what the recipe asks for, or the best that the devices compute natively.
 

@@ -104,9 +104,9 @@ def test_the_precision_is_one_that_the_devices_compute_in(pools: list[NodePool],
 
 
 def test_a_precision_that_no_device_computes_in_is_refused() -> None:
-    with pytest.raises(PlanError, match="train.dtype=fp16 is not for 1 cpu node"):
+    with pytest.raises(PlanError, match=r"train\.dtype=fp16 is not for 1 cpu node"):
         plan(recipe(dtype="fp16"), SMALL, [pool()])
-    with pytest.raises(PlanError, match="train.dtype=bf16 is not for 1 cuda node"):
+    with pytest.raises(PlanError, match=r"train\.dtype=bf16 is not for 1 cuda node"):
         plan(recipe(dtype="bf16"), SMALL, [pool("cuda", gpus=2, bf16=False)])
 
 

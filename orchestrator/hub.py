@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 
 from orchestrator.config import ModelConfig, Recipe, is_hub_model
 from orchestrator.errors import UserError
 from orchestrator.runs import run_of
+
+log = logging.getLogger(__name__)
 
 DESCRIPTION = ("*.json", "*.jinja", "merges.txt", "tokenizer.model")
 WEIGHTS = ("*.safetensors",)
@@ -30,7 +33,9 @@ def pinned(recipe: Recipe) -> Recipe:
     before = run.read_json(run.resolved)
     known = before["recipe"]["model"] if before else {}
     commit = known.get("commit") if known.get("path") == model.path else None
-    chosen = model.model_copy(update={"commit": commit or _commit(model.path)})
+    commit = commit or _commit(model.path)
+    log.info("model: %s is commit %s", model.path, commit)
+    chosen = model.model_copy(update={"commit": commit})
     return recipe.model_copy(update={"model": chosen})
 
 
@@ -48,9 +53,8 @@ def model_directory(model: ModelConfig, weights: bool = True) -> Path:
         return Path(model.path)
     assert model.commit, "a recipe is pinned before it is used"
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    disable_progress_bars()
+    _quiet()
     name, _ = _parts(model.path)
     files = [*DESCRIPTION, *(WEIGHTS if weights else ())]
     try:
@@ -65,6 +69,7 @@ def _commit(path: str) -> str:
         return revision
     from huggingface_hub import HfApi
 
+    _quiet()
     try:
         found = HfApi().model_info(name, revision=revision).sha
     except Exception as error:
@@ -72,6 +77,15 @@ def _commit(path: str) -> str:
     if not found:
         raise UserError(f"model.path={path}: the hub names no commit of it", "give org/name@commit")
     return found
+
+
+def _quiet() -> None:
+    """No line for every request, and no bars in log files."""
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    disable_progress_bars()
+    for library in ("httpx", "httpx2"):
+        logging.getLogger(library).setLevel(logging.WARNING)
 
 
 def _parts(path: str) -> tuple[str, str]:

@@ -112,7 +112,7 @@ def _recipe(content: Content) -> Section:
     plan = next(reversed(content.plans.values()), {})
     get = content.recipe.get
     facts: Facts = {
-        "model": get("model.path") or f"{as_text(get('model.architecture'))}, random weights",
+        "model": get("model.path") or f"{as_text(get('model.preset') or get('model.architecture'))}, random weights",
         **_shape(content),
         "parameters": plan.get("parameters"),
         "corpus tokens": flatten(content.manifest).get("splits.train.tokens"),
@@ -139,9 +139,9 @@ def _exceptions(content: Content) -> Facts:
 
 
 def _shape(content: Content) -> Facts:
-    """Of a model made here; a given one says its own."""
+    """Of a model made here; a given one and a preset say their own."""
     layers, hidden = (content.recipe.get(f"model.{key}") for key in ("layers", "hidden_size"))
-    if content.recipe.get("model.path"):
+    if content.recipe.get("model.path") or content.recipe.get("model.preset"):
         return {}
     return {"layers × hidden size": f"{as_text(layers)} × {as_text(hidden)}"}
 

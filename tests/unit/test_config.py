@@ -177,6 +177,17 @@ def test_what_a_given_model_decides_must_not_stand_beside_it(path: Path, key: st
     load_recipe(path, [key])
 
 
+@pytest.mark.parametrize("key", ["layers=4", "architecture=llama", "ffn_size=64"])
+def test_what_a_preset_decides_must_not_stand_beside_it(path: Path, key: str) -> None:
+    error = refusal(path, "model.preset=galactica-125m", f"model.{key}")
+    assert f"model.{key.split('=')[0]} does nothing beside model.preset" in error.message
+    load_recipe(path, ["model.preset=galactica-125m", "tokenizer.vocab_size=500"])
+
+
+def test_a_preset_does_nothing_beside_a_model(path: Path) -> None:
+    assert "model.preset does nothing" in refusal(path, "model.path=/m", "model.preset=galactica-125m").message
+
+
 def with_mixture(path: Path, mixture: str) -> Path:
     path.write_text(RECIPE.replace("train:", f"    - {{name: b, path: /more}}\n  mixture: {mixture}\ntrain:", 1))
     return path

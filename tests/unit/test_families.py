@@ -20,7 +20,7 @@ from orchestrator.train.fragments import Box
 from orchestrator.train.models import build_model, config_object, meta_model, model_config
 from orchestrator.train.models import parameter_shapes as theirs
 from orchestrator.train.weights import open_weights
-from tests.model_directories import FAMILIES, config_of, directory_of
+from tests.model_directories import FAMILIES, config_of, directory_of, model_of
 
 
 def recipe(tokenizer: dict[str, Any] | None = None, length: int = 64, **model: Any) -> Recipe:
@@ -290,6 +290,18 @@ def test_a_head_that_is_stored_beside_the_embedding_it_is_tied_to_is_fine(tmp_pa
     tensors = load_file(folder / "model.safetensors")
     save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, folder / "model.safetensors")
     check_model(folder)
+
+
+def test_an_aquilas_directory_gives_its_weights_to_a_llama(tmp_path: Path) -> None:
+    folder = directory_of(tmp_path, "llama")
+    change(model_type="aquila", architectures=["AquilaForCausalLM"], auto_map={"AutoConfig": "own.AquilaConfig"})(
+        folder
+    )
+    check_model(folder)
+    built = build_model(ModelConfig(path=str(folder)), vocab_size=97, sequence_length=64, seed=1, dtype=torch.float32)
+    assert type(built).__name__ == "LlamaForCausalLM"
+    stored = model_of(config_of("llama"))
+    assert all(torch.equal(p, q) for p, q in zip(built.parameters(), stored.parameters(), strict=True))
 
 
 def test_a_directory_that_is_not_there_is_refused(tmp_path: Path) -> None:

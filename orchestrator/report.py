@@ -118,12 +118,21 @@ def _recipe(content: Content) -> Section:
         "corpus tokens": flatten(content.manifest).get("splits.train.tokens"),
         **{_words(key): get(f"train.{key}") for key in ("steps", "global_batch_size", "sequence_length")},
         **_exceptions(content),
-        "learning rate": f"{as_text(get('train.lr'))}, {as_text(get('train.schedule'))}",
+        "learning rate": _rates(content),
         "dtype": plan.get("dtype") or get("train.dtype"),
         "workers": _range(get("train.workers.min"), get("train.workers.max")),
     }
     versions = ", ".join(f"{name} {version}" for name, version in content.versions.items())
     return "Recipe", [facts, f"Versions: {versions or 'not recorded'}."]
+
+
+def _rates(content: Content) -> str:
+    get = content.recipe.get
+    parts = [as_text(get("train.lr")), as_text(get("train.schedule"))]
+    for name, unit in (("warmup", "steps"), ("warmup", "tokens"), ("decay", "steps"), ("decay", "tokens")):
+        if length := get(f"train.{name}_{unit}"):
+            parts.append(f"{name} {as_text(length)} {unit}")
+    return ", ".join(parts)
 
 
 def _exceptions(content: Content) -> Facts:
@@ -184,9 +193,37 @@ def _loss(content: Content) -> Section:
         _draw_steps(left, content, "grad_norm", "gradient norm")
         _draw_steps(right, content, "lr", "learning rate")
 
+    def draw_losses(axes: Any) -> None:
+        _draw_steps(axes, content, "loss", "loss", named=True)
+        held_out = [line for line in content.counted if line.get("held_out_loss") is not None]
+        if held_out:
+            values = [line["held_out_loss"] for line in held_out]
+            axes.plot(
+                [line["step"] for line in held_out], values, color=_INK, marker="o", markersize=3, label="held out"
+            )
+            axes.legend(loc="upper right")
+
     caption = "Training loss. A wide pale line marks steps that a failure took and that were done again."
-    loss = _plot("loss", caption, 3.4, lambda axes: _draw_steps(axes, content, "loss", "loss", named=True))
-    return "Loss", [loss, _plot("norm", "Gradient norm and learning rate.", 2.1, draw, columns=2)]
+    blocks: list[Block] = [_plot("loss", caption, 3.4, draw_losses)]
+    blocks.append(_plot("norm", "Gradient norm and learning rate.", 2.1, draw, columns=2))
+    return "Loss", [*blocks, *_spikes(content)]
+
+
+def _spikes(content: Content) -> list[Block]:
+    """A table of the loss spikes, and of what the run went back behind."""
+    rows: list[Row] = []
+    back = {event["attempt"]: event for event in content.events if event["event"] == "rolled_back"}
+    for event in content.events:
+        if event["event"] == "spike":
+            gone = back.get(event["attempt"]) if event["action"] == "rollback" else None
+            action = event["action"]
+            if gone:
+                action = f"back to step {gone['back_to']}; passed over: {gone['first']} to {gone['last']}"
+            documents = ", ".join(f"{d} (left out)" if d in event["quarantined"] else d for d in event["documents"])
+            scores = (round(event["loss_z"], 1), event["grad_norm"], round(event["norm_z"], 1))
+            rows.append((event["step"], event["attempt"], event["loss"], *scores, action, _clip(documents)))
+    headers = ("spike at step", "attempt", "loss", "z", "gradient norm", "z", "action", "suspected documents")
+    return [Table("rrrrrrll", headers, rows)] if rows else []
 
 
 def _throughput(content: Content) -> Section:

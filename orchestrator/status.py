@@ -16,7 +16,8 @@ def summarize(run: RunDir) -> dict[str, Any]:
     """The state of a run as plain values."""
     events, lines = run.events(), run.metric_lines()
     recipe = run.recipe()
-    last = max(run.loss_curve().values(), key=lambda line: line["time"], default=None)
+    curve = [line for _, line in sorted(run.loss_curve().items())]
+    last = max(curve, key=lambda line: line["time"], default=None)
     words = {
         "stage_started": "begun",
         "stage_finished": "done",
@@ -34,9 +35,12 @@ def summarize(run: RunDir) -> dict[str, Any]:
         "step": last["step"] if last else 0,
         "steps": recipe.train.steps,
         "loss": last["loss"] if last else None,
+        "held_out_loss": next((line["held_out_loss"] for line in reversed(curve) if "held_out_loss" in line), None),
         "tokens_per_second": last["tokens_per_second"] if last else None,
         "checkpoints": committed_steps(run.checkpoints),
         "lost_shards": [shard["name"] for shard in run.read_json(run.lost_shards) or []],
+        "spikes": [event for event in events[begun:] if event["event"] == "spike"],
+        "rollbacks": [event for event in events[begun:] if event["event"] == "rolled_back"],
         "attempts": [vars(row) for row in attempt_rows(events, lines)],
         "evaluation": run.read_json(run.path("evaluation", evaluations[-1])) if evaluations else None,
         "last_event": events[-1] if events else None,
@@ -60,7 +64,8 @@ def describe(summary: dict[str, Any]) -> str:
     if summary["failure"]:
         out.append(f"  failed       {summary['failure']}")
     if summary["step"]:
-        speed = f"loss {summary['loss']:.4f}, {summary['tokens_per_second']:.0f} tokens/s"
+        held_out = f" ({summary['held_out_loss']:.4f} held out)" if summary["held_out_loss"] else ""
+        speed = f"loss {summary['loss']:.4f}{held_out}, {summary['tokens_per_second']:.0f} tokens/s"
         out.append(f"  step         {summary['step']} of {summary['steps']}, {speed}")
     for row in summary["attempts"]:
         repeated = f", {row['steps_repeated']} steps repeated" if row["steps_repeated"] else ""
@@ -68,6 +73,16 @@ def describe(summary: dict[str, Any]) -> str:
         steps = f"steps {row['first_step']}-{row['last_step']}"
         state = row["outcome"] or "no end recorded"
         out.append(f"  attempt {row['number']:<4} {row['workers']} workers, {steps}, {state}{repeated}{recovered}")
+    for spike in summary["spikes"]:
+        suspected = f", suspected {', '.join(spike['documents'])}" if spike["documents"] else ""
+        scores = f"z {spike['loss_z']:.1f}, of the gradient norm {spike['norm_z']:.1f}"
+        out.append(
+            f"  loss spike   step {spike['step']}, loss {spike['loss']:.4f} ({scores}), {spike['action']}{suspected}"
+        )
+    for back in summary["rollbacks"]:
+        without = f", without {', '.join(back['quarantined'])}" if back["quarantined"] else ""
+        passed = f"steps {back['first']}-{back['last']} passed over"
+        out.append(f"  rolled back  from step {back['step']} to step {back['back_to']}, {passed}{without}")
     if summary["lost_shards"]:
         out.append(f"  goes on without  {', '.join(summary['lost_shards'])}")
     if summary["checkpoints"]:

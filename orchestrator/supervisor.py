@@ -26,6 +26,7 @@ from orchestrator.errors import (
     StepFailed,
     UserError,
 )
+from orchestrator.evaluation.held_out import sequences_of
 from orchestrator.failures import Ending, Outcome
 from orchestrator.planning.search import Plan, plan
 from orchestrator.planning.shape import model_shape
@@ -78,6 +79,8 @@ def supervise(run: RunDir, recipe: Recipe, on_step: Callable[[dict[str, Any]], N
     assert manifest is not None, "training follows the corpus stage"
     rollback.finish(run)
     check_past(run, recipe)
+    if recipe.train.evaluate_every:
+        sequences_of(recipe, manifest)
     take_back(run, manifest)
     check_lost_shards(run, recipe)
     endings: list[Ending] = []

@@ -34,7 +34,7 @@ class Spike:
 
 @dataclass(frozen=True, kw_only=True)
 class Suspect:
-    """A sample whose loss stands out among those of the steps around it."""
+    """A sample whose loss stands out among those of its step."""
 
     sample: int
     step: int
@@ -119,15 +119,18 @@ def z_scores(values: np.ndarray, others: np.ndarray, floor: float) -> np.ndarray
 def suspects(steps: np.ndarray, samples: np.ndarray, losses: np.ndarray, threshold: float, most: int) -> list[Suspect]:
     """The samples of some steps whose losses stand out, the worst first; one that is not finite is the worst there is.
 
+    Each is compared with its own step: in a state that has gone wrong all losses are high, and no sample is to blame.
+
     Args:
         steps, samples, losses: of every sample, alike in length. A sample that stands there twice counts once.
     """
     _, first = np.unique(samples, return_index=True)
     steps, samples, losses = steps[first], samples[first], losses[first].astype(np.float64)
-    finite = np.isfinite(losses)
     scores = np.full(len(losses), np.inf)
-    if finite.any():
-        scores[finite] = z_scores(losses[finite], losses[finite], SAMPLE_FLOOR)
+    for step in np.unique(steps):
+        here = np.flatnonzero((steps == step) & np.isfinite(losses))
+        if len(here):
+            scores[here] = z_scores(losses[here], losses[here], SAMPLE_FLOOR)
     worst = [place for place in np.argsort(-scores, kind="stable") if scores[place] >= threshold][:most]
     return [
         Suspect(sample=int(samples[n]), step=int(steps[n]), loss=float(losses[n]), z=float(scores[n])) for n in worst

@@ -379,6 +379,8 @@ class TrainConfig(Section):
         for first, last in self.skip_steps:
             if not first <= last <= self.steps:
                 raise ValueError(f"skip_steps [{first}, {last}] is no range of steps up to steps={self.steps}")
+        if self.keep_best and not self.evaluate_every:
+            raise ValueError("keep_best goes by the held-out loss: give evaluate_every")
         covered = 0
         for first, last in sorted(self.skip_steps):
             covered = last if first <= covered + 1 <= last else covered

@@ -210,19 +210,19 @@ def _loss(content: Content) -> Section:
 
 
 def _spikes(content: Content) -> list[Block]:
-    """A table of the loss spikes, and of what the run went back behind."""
+    """A table of the loss spikes, and of where the run went back to."""
+    back = {event.get("attempt"): event for event in content.events if event["event"] == "rolled_back"}
     rows: list[Row] = []
-    back = {event["attempt"]: event for event in content.events if event["event"] == "rolled_back"}
     for event in content.events:
         if event["event"] == "spike":
-            gone = back.get(event["attempt"]) if event["action"] == "rollback" else None
-            action = event["action"]
-            if gone:
-                action = f"back to step {gone['back_to']}; passed over: {gone['first']} to {gone['last']}"
-            documents = ", ".join(f"{d} (left out)" if d in event["quarantined"] else d for d in event["documents"])
-            scores = (round(event["loss_z"], 1), event["grad_norm"], round(event["norm_z"], 1))
-            rows.append((event["step"], event["attempt"], event["loss"], *scores, action, _clip(documents)))
-    headers = ("spike at step", "attempt", "loss", "z", "gradient norm", "z", "action", "suspected documents")
+            numbers = map(event.get, ("step", "attempt", "loss", "loss_z", "grad_norm", "norm_z"))
+            left_out = event.get("quarantined") or []
+            documents = (f"{d} (left out)" if d in left_out else d for d in event.get("documents") or [])
+            action = event.get("action")
+            if action == "rollback" and (gone := back.get(event.get("attempt"))):
+                action = f"back to step {gone.get('back_to')}; passed over: {gone.get('first')} to {gone.get('last')}"
+            rows.append((*numbers, action, _clip(", ".join(documents))))
+    headers = ("spike at step", "attempt", "loss", "its z-score", "gradient norm", "its z-score", "action", "suspected")
     return [Table("rrrrrrll", headers, rows)] if rows else []
 
 

@@ -343,8 +343,25 @@ def test_report_of_a_run_that_is_training(run: RunDir) -> None:
         assert "Not evaluated yet" in page
 
 
+def test_spikes_and_the_held_out_loss_are_told(run: RunDir) -> None:
+    write_recipe(run)
+    spike = {"loss": 7.25, "loss_z": 31.4, "grad_norm": 2.5, "norm_z": 1.5, "documents": ["a/bad#7", "a/near#8"]}
+    event(run, "spike", 5, attempt=1, step=23, action="skip", quarantined=[], **spike)
+    event(run, "spike", 9, attempt=1, step=33, action="rollback", quarantined=["a/bad#7"], **spike)
+    event(run, "rolled_back", 9, attempt=1, step=33, back_to=20, first=31, last=35, quarantined=["a/bad#7"])
+    lines = [{"step": n, "time": BEGIN + n, "loss": 5.0, "held_out_loss": 5.5 if n % 2 else None} for n in range(1, 9)]
+    storage.write(run.metrics(1), "".join(json.dumps(line) + "\n" for line in lines).encode())
+    run.claim_attempt(plan(2, 2))
+    page, markdown = pages(run)
+    text = markdown.replace("\\", "")
+    assert re.search(r"\| 23 \| 1 \| 7.25 \| 31.4 \| 2.5\d* \| 1.5\d* \| skip \| a/bad#7, a/near#8 \|", text), text
+    assert "back to step 20; passed over: 31 to 35 | a/bad#7 (left out), a/near#8 |" in text
+    assert ">held out<" in page
+
+
 def test_report_stands_records_without_their_fields(run: RunDir) -> None:
-    for name in ("stage_started", "planned", "attempt_started", "first_step", "committed", "decided", "fault_injected"):
+    names = ["stage_started", "planned", "attempt_started", "first_step", "committed", "decided", "fault_injected"]
+    for name in [*names, "spike", "rolled_back"]:
         event(run, name, 1)
         event(run, name, 2, attempt=1)
         run.write_json(run.path("events", f"{len(run.events()) + 1:06d}-x.json"), {"event": name, "attempt": 1})

@@ -19,7 +19,7 @@ from orchestrator.runs import RunDir
 from orchestrator.train.checkpoints import committed_steps, read_commit
 from tests.e2e.conftest import terrane
 
-STEPS, HISTORY = 48, 20
+STEPS, LENGTH = 48, 32
 GARBAGE = "papers/garbage.txt"
 RECIPE = """
 name: spiky
@@ -80,19 +80,27 @@ def begin(corpus: Path, root: Path) -> RunDir:
     return RunDir(str(root / "spiky"))
 
 
-def steps_of(recipe: Path, corpus: Path, seed: int) -> list[int]:
-    """The steps that see the garbage."""
+def garbage_in(recipe: Path, corpus: Path, seed: int) -> dict[int, int]:
+    """Tokens of the garbage by step."""
     manifest = load_manifest(str(corpus))
     assert manifest is not None
-    samples = {sample for sample, _, _ in occurrences(str(corpus), manifest, [GARBAGE])[GARBAGE]}
+    tokens = {
+        sample: last + 1 - first for sample, first, last in occurrences(str(corpus), manifest, [GARBAGE])[GARBAGE]
+    }
     order = data_order(manifest, load_recipe(recipe, [f"train.seed={seed}"]))
-    return [step for step in range(1, STEPS + 1) if samples & set(order.step(step).tolist())]
+    found = {step: sum(tokens.get(sample, 0) for sample in order.step(step).tolist()) for step in range(1, STEPS + 1)}
+    return {step: count for step, count in found.items() if count}
 
 
 @pytest.fixture(scope="module")
 def seed(recipe: Path, corpus: Path) -> int:
-    """One with which the model knows words before it meets the garbage."""
-    return next(n for n in range(1000) if len(steps := steps_of(recipe, corpus, n)) > 1 and HISTORY < min(steps) < 30)
+    """One with which the model knows the words before it meets the garbage, and then a whole sequence of it."""
+
+    def late(seed: int) -> bool:
+        first, tokens = next(iter(garbage_in(recipe, corpus, seed).items()), (0, 0))
+        return 34 < first < 44 and tokens >= LENGTH
+
+    return next(seed for seed in range(1000) if late(seed))
 
 
 @pytest.fixture(scope="module")
@@ -120,11 +128,9 @@ def lines_of(run: RunDir) -> dict[int, dict[str, Any]]:
 def test_the_updates_of_the_garbage_are_dropped_and_it_is_named(
     recipe: Path, corpus: Path, seed: int, skipped: RunDir
 ) -> None:
-    garbage = steps_of(recipe, corpus, seed)
+    garbage = list(garbage_in(recipe, corpus, seed))
     lines = lines_of(skipped)
     dropped = [step for step, line in lines.items() if not line["applied"]]
-    for step, line in lines.items():
-        print(step, line, "garbage" if step in garbage else "")
     assert dropped[0] == garbage[0]
     assert set(dropped) <= set(garbage)
     assert [event["step"] for event in events(skipped, "spike")] == dropped
@@ -141,7 +147,7 @@ def test_the_updates_of_the_garbage_are_dropped_and_it_is_named(
 def test_the_held_out_loss_is_taken_on_the_way_and_kept_with_the_checkpoint(skipped: RunDir) -> None:
     held_out = {step: line["held_out_loss"] for step, line in lines_of(skipped).items() if line["held_out_loss"]}
     assert sorted(held_out) == [16, 32, 48]
-    assert held_out[48] < held_out[16] < math.log(400) + 0.5
+    assert held_out[48] < held_out[16] < math.log(400)
     kept = {step: read_commit(skipped.checkpoints, step).held_out_loss for step in committed_steps(skipped.checkpoints)}
     assert kept == {step: held_out.get(step) for step in range(8, STEPS + 1, 8)}
 
@@ -164,7 +170,7 @@ def test_a_resumed_run_judges_as_the_undisturbed_one(recipe: Path, seed: int, sk
 def test_behind_the_spike_training_goes_on_without_the_document(
     recipe: Path, corpus: Path, seed: int, rolled_back: RunDir
 ) -> None:
-    run, first = rolled_back, steps_of(recipe, corpus, seed)[0]
+    run, first = rolled_back, next(iter(garbage_in(recipe, corpus, seed)))
     (spike,) = events(run, "spike")
     assert (spike["step"], spike["action"]) == (first, "rollback")
     assert spike["quarantined"][0] == GARBAGE

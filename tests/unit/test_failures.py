@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
 
+from orchestrator.errors import LossSpike, NotFinite, StepFailed
 from orchestrator.failures import Ending, decide
 
 
@@ -86,3 +88,9 @@ def test_behind_a_spike_the_run_goes_back_as_often_as_it_may() -> None:
     assert (decision.action, decision.reason) == ("restart", "goes back behind step 28")
     decision = decide(spikes, max_restarts=10, rollback_allowance=0)
     assert (decision.action, "train.spikes.max_rollbacks" in decision.reason) == ("give_up", True)
+
+
+@pytest.mark.parametrize("error", [NotFinite("m", "h", 7), LossSpike("m", "h", 7)])
+def test_the_error_of_a_step_names_it_in_another_process_too(error: StepFailed) -> None:
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), again.message, again.hint, again.step) == (type(error), "m", "h", 7)

@@ -295,7 +295,8 @@ def _judge(error: Exception | None) -> tuple[Outcome, str, UserError | None]:
         causes = {rank: _cause(failure) for rank, failure in sorted(error.worker_failures.items())}
         for cause in causes.values():
             if isinstance(cause, UserError):
-                return _OUTCOMES.get(type(cause), "user_error"), cause.message, cause
+                known = (outcome for kind, outcome in _OUTCOMES.items() if isinstance(cause, kind))
+                return next(known, "user_error"), cause.message, cause
         for rank, cause in causes.items():
             if isinstance(cause, RayActorError):
                 return "worker_lost", f"rank {rank}: {_first_line(str(cause))}", None

@@ -292,7 +292,7 @@ class SpikesConfig(Section):
     """record: it is noted and named. skip: its update is dropped, too. rollback: training goes back to the last
     checkpoint before it, and passes over the steps around it."""
     threshold: float = Field(default=6.0, gt=0)
-    """Robust z-score from which a step is a spike: how far it lies above the median of the steps before it."""
+    """Robust z-score from which a step is a spike: how far it lies above the steps before it."""
     window: int = Field(default=128, ge=8)
     """Steps that a step is compared with; in the first half of them nothing is a spike."""
     jump: Count = 10

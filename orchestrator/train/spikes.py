@@ -1,12 +1,14 @@
 """Loss spikes: which steps are some, which samples stand behind them, and how far to go back. Pure.
 
-A step is a spike when its loss or its gradient norm lies far above those of the steps before it, by a robust z-score:
-the distance from their median, in units of their median absolute deviation (Iglewicz and Hoaglin, "How to Detect and
-Handle Outliers", 1993).
+A step is a spike when its loss or its gradient norm lies far above those of the steps before it, by a robust z-score: a
+distance from a median in units of a median absolute deviation (Iglewicz and Hoaglin, "How to Detect and Handle
+Outliers", 1993). A loss falls, fast at first: so the median is that of the newest steps, and the deviation that of the
+differences from step to step, which a trend hardly touches.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -97,22 +99,25 @@ class Detector:
         if len(self._past) < self._window / 2:
             return None
         losses, norms = np.array(self._past).T
-        loss_z = float(z_scores(np.array([loss]), losses, LOSS_FLOOR)[0])
-        norm_z = float(z_scores(np.array([grad_norm]), norms, NORM_FLOOR)[0])
+        recent = self._window // 4
+        loss_z, norm_z = _above(loss, losses, recent, LOSS_FLOOR), _above(grad_norm, norms, recent, NORM_FLOOR)
         if max(loss_z, norm_z) < self._threshold:
             return None
         return Spike(loss=loss, grad_norm=grad_norm, loss_z=loss_z, norm_z=norm_z)
 
 
-def z_scores(values: np.ndarray, others: np.ndarray, floor: float) -> np.ndarray:
-    """How far values lie above others, like values.
+def _above(value: float, past: np.ndarray, recent: int, floor: float) -> float:
+    """How far a value lies above the newest of a series, by the noise of the whole."""
+    median = float(np.median(past[-recent:]))
+    deviation = _MAD_OF_NORMAL * float(np.median(np.abs(np.diff(past)))) / math.sqrt(2)
+    return (value - median) / max(deviation, floor * abs(median), 1e-12)
 
-    Args:
-        floor: least deviation, as a share of the median of the others.
-    """
-    median = np.median(others)
-    deviation = max(_MAD_OF_NORMAL * np.median(np.abs(others - median)), floor * abs(median), 1e-12)
-    found: np.ndarray = (values - median) / deviation
+
+def _scores(values: np.ndarray, floor: float) -> np.ndarray:
+    """How far each of some values lies above them all, like values."""
+    median = np.median(values)
+    deviation = _MAD_OF_NORMAL * np.median(np.abs(values - median))
+    found: np.ndarray = (values - median) / max(deviation, floor * abs(median), 1e-12)
     return found
 
 
@@ -130,7 +135,7 @@ def suspects(steps: np.ndarray, samples: np.ndarray, losses: np.ndarray, thresho
     for step in np.unique(steps):
         here = np.flatnonzero((steps == step) & np.isfinite(losses))
         if len(here):
-            scores[here] = z_scores(losses[here], losses[here], SAMPLE_FLOOR)
+            scores[here] = _scores(losses[here], SAMPLE_FLOOR)
     worst = [place for place in np.argsort(-scores, kind="stable") if scores[place] >= threshold][:most]
     return [
         Suspect(sample=int(samples[n]), step=int(steps[n]), loss=float(losses[n]), z=float(scores[n])) for n in worst

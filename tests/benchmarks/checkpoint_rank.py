@@ -34,14 +34,14 @@ from orchestrator.train.saver import Saver  # noqa: E402
 from orchestrator.train.stage import Part  # noqa: E402
 
 MODEL = ModelConfig(layers=12, hidden_size=768, heads=12)
-VOCAB, LENGTH, MICRO_BATCH = 50_000, 128, 1
+VOCAB, POSITIONS, LENGTH, MICRO_BATCH = 50_000, 128, 32, 1
 STEPS = 10
 """Between two checkpoints."""
 WAYS = ("none", "terrane", "deepspeed")
 
 
 def build(seed: int, universal: bool = False) -> Any:
-    model = build_model(MODEL, vocab_size=VOCAB, sequence_length=LENGTH, seed=seed, dtype=torch.float32)
+    model = build_model(MODEL, vocab_size=VOCAB, sequence_length=POSITIONS, seed=seed, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False)
     config = {
         "train_micro_batch_size_per_gpu": MICRO_BATCH,

@@ -220,9 +220,9 @@ class Engine:
     def _gathered(self, *values: torch.Tensor | float) -> list[list[float]]:
         """Each value of every rank, by rank."""
         own = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self._device) for v in values])
-        world = torch.empty(dist.get_world_size() * len(values), dtype=torch.float64, device=self._device)
-        dist.all_gather_into_tensor(world, own)
-        return world.view(-1, len(values)).T.tolist()
+        world = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(world, own)
+        return torch.stack(world).T.tolist()
 
     def _micro_batches(
         self, tokens: np.ndarray | None, counted: np.ndarray | None, count: int

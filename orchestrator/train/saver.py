@@ -61,9 +61,7 @@ class Saver:
         self._attempt = attempt
         self._retention = retention
         self._on_commit = on_commit
-        alone = not dist.is_initialized()
-        self._group = None if alone else dist.new_group(backend="gloo", timeout=PEERS_TIMEOUT)
-        self._first = alone or dist.get_rank() == 0
+        self._group = dist.new_group(backend="gloo", timeout=PEERS_TIMEOUT) if dist.is_initialized() else None
         self._host = HostMemory()
         self._saving: futures.Future[None] | None = None
 
@@ -89,6 +87,7 @@ class Saver:
         Raises:
             StorageError: the save failed: another attempt has committed its step, and this one has been replaced.
             SaveFailed: it failed on some rank. Every rank raises it.
+            Exception: what `on_commit` raised, or deleting what is not kept, on rank 0.
         """
         if self._saving and self._saving.done():
             self._saving.result()
@@ -127,7 +126,7 @@ class Saver:
         folder = checkpoints.attempt_folder(self._attempt)
         made: list[Commit] = []
 
-        def commit(files: dict[str, int], metadata_xxh3: str) -> None:
+        def publish(files: dict[str, int], metadata_xxh3: str) -> None:
             commit = Commit(
                 attempt=self._attempt,
                 position=position,
@@ -141,7 +140,7 @@ class Saver:
         with _one_error():
             dcp.save(
                 {},
-                storage_writer=FragmentWriter(uri, commit),
+                storage_writer=FragmentWriter(uri, publish),
                 planner=FragmentSavePlanner(fragments),
                 process_group=self._group,
                 no_dist=self._group is None,

@@ -28,18 +28,20 @@ import torch.distributed as dist  # noqa: E402
 from orchestrator.config import ModelConfig  # noqa: E402
 from orchestrator.train import checkpoints, zero  # noqa: E402
 from orchestrator.train.checkpoints import Position, Retention  # noqa: E402
+from orchestrator.train.fragments import Box  # noqa: E402
 from orchestrator.train.models import build_model, token_loss_sum  # noqa: E402
 from orchestrator.train.saver import Saver  # noqa: E402
+from orchestrator.train.stage import Part  # noqa: E402
 
 MODEL = ModelConfig(layers=12, hidden_size=768, heads=12)
-VOCAB, LENGTH, MICRO_BATCH = 50_000, 128, 1
+VOCAB, POSITIONS, LENGTH, MICRO_BATCH = 50_000, 128, 32, 1
 STEPS = 10
 """Between two checkpoints."""
 WAYS = ("none", "terrane", "deepspeed")
 
 
 def build(seed: int, universal: bool = False) -> Any:
-    model = build_model(MODEL, vocab_size=VOCAB, sequence_length=LENGTH, seed=seed, dtype=torch.float32)
+    model = build_model(MODEL, vocab_size=VOCAB, sequence_length=POSITIONS, seed=seed, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False)
     config = {
         "train_micro_batch_size_per_gpu": MICRO_BATCH,
@@ -50,6 +52,14 @@ def build(seed: int, universal: bool = False) -> Any:
         "checkpoint": {"load_universal": universal},
     }
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+def state_of(engine: Any) -> zero.ZeroState:
+    parts = [
+        (Part(name, tuple(parameter.shape), Box.whole(parameter.shape)), parameter)
+        for name, parameter in engine.module.named_parameters()
+    ]
+    return zero.optimizer_state(engine, parts, clip_norm=0.0)
 
 
 def tokens(seed: int) -> torch.Tensor:
@@ -94,7 +104,7 @@ class Savers:
         self._step += 1
         if way == "terrane":
             position = Position(step=self._step, updates=self._step, past={})
-            self._ours.save(position, zero.engine_fragments(self._engine))
+            self._ours.save(position, state_of(self._engine).fragments())
         elif way == "deepspeed":
             self._engine.save_checkpoint(str(self._folder / "deepspeed"), tag=f"step-{self._step}")
 
@@ -168,10 +178,11 @@ def load(folder: Path, rounds: int) -> dict[str, Any]:
 def load_ours(engine: Any, uri: str) -> None:
     commit = checkpoints.newest(uri)
     assert commit is not None
+    state = state_of(engine)
     with torch.no_grad():
-        checkpoints.load(uri, commit, zero.engine_fragments(engine))
-        zero.set_step(engine, commit.position.updates)
-        zero.refresh_parameters(engine)
+        checkpoints.load(uri, commit, state.fragments())
+        state.set_step(commit.position.updates)
+        state.refresh()
 
 
 def convert(folder: Path) -> None:

@@ -138,6 +138,28 @@ def test_the_loss_curve_of_a_killed_run_is_bitwise_the_undisturbed_one(undisturb
     assert events(killed, "schedule_changed") == []
 
 
+def test_a_damaged_checkpoint_is_found_by_its_readers_and_the_one_before_is_used(
+    recipe: Path, undisturbed: RunDir, tmp_path: Path
+) -> None:
+    run = copy_of(undisturbed, tmp_path)
+    shutil.rmtree(run.checkpoint(STEPS))
+    newest = STEPS - COMMITTED
+    fragments = Path(run.checkpoint(newest), "attempt-001", "__1_0.distcp")
+    content = bytearray(fragments.read_bytes())
+    content[len(content) // 2] ^= 1
+    fragments.write_bytes(content)
+    done = launch(recipe, tmp_path)
+    assert f"checkpoint of step {newest} set aside: {fragments} is damaged between bytes" in done.stderr
+    assert [event["outcome"] for event in events(run, "attempt_ended")] == [
+        "finished",
+        "checkpoint_damaged",
+        "finished",
+    ]
+    assert [event["resume_step"] for event in events(run, "attempt_started")] == [0, newest, newest - COMMITTED]
+    assert committed_steps(run.checkpoints) == [4, 8, 12, 16]
+    assert losses(run) == losses(undisturbed)
+
+
 def test_with_another_number_of_workers_only_the_rounding_differs(
     recipe: Path, undisturbed: RunDir, killed: RunDir, tmp_path: Path
 ) -> None:

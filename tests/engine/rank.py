@@ -102,7 +102,8 @@ def _in_order(own: np.ndarray | None, plan: Plan) -> list[float]:
     told: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(told, None if own is None else (data_rank, tensor_rank, own.tolist()))
     shares = {data: losses for data, tensor, losses in filter(None, told) if tensor == 0}
-    assert all(shares[data] == losses for data, _, losses in filter(None, told)), "tensor-parallel ranks agree"
+    for data, _, losses in filter(None, told):
+        assert np.array_equal(losses, shares[data], equal_nan=True), "tensor-parallel ranks agree"
     return [loss for data in range(plan.data_parallel) for loss in shares[data]]
 
 

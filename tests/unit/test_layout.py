@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from orchestrator.planning.memory import Memory, worker_memory
 from orchestrator.planning.search import Plan, plan
 from orchestrator.planning.shape import ModelShape, model_shape
 from orchestrator.planning.throughput import PLATFORMS, step_time_s
+from orchestrator.stages import check_inputs
 
 GIB = 2**30
 SHAPE = ModelShape(
@@ -47,11 +49,14 @@ def cpu_pool(*cpus: int, gib: int = 64) -> NodePool:
     )
 
 
-def recipe(asked: dict[str, Any], model: dict[str, Any] | None = None, **values: Any) -> Recipe:
+CORPUS = {"sources": [{"name": "a", "path": "/data"}]}
+
+
+def recipe(asked: dict[str, Any], model: Any = None, corpus: Any = CORPUS, **values: Any) -> Recipe:
     return Recipe.model_validate(
         {
             "name": "r",
-            "corpus": {"sources": [{"name": "a", "path": "/data"}]},
+            "corpus": corpus,
             "model": model or {},
             "train": {
                 "steps": 10,
@@ -155,6 +160,15 @@ def test_flash_attention_is_refused_where_it_cannot_compute(values: dict[str, An
 
 def test_flash_attention_is_taken_where_it_can_compute() -> None:
     assert layout_of(train(attention="flash_attention_2"), SHAPE, "bf16").zero_stage == 2
+
+
+def test_a_layout_that_cannot_be_is_refused_before_a_corpus_is_made(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("words")
+    corpus = {"sources": [{"name": "a", "path": str(tmp_path)}]}
+    possible = recipe({"pipeline_stages": 12}, corpus=corpus)
+    assert len(check_inputs(possible)) == 1
+    with pytest.raises(PlanError, match="pipeline_stages=13 is more than the model's 12 layers"):
+        check_inputs(recipe({"pipeline_stages": 13}, corpus=corpus))
 
 
 def test_a_layout_says_what_it_is() -> None:

@@ -52,8 +52,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """Two replicas, ZeRO-2, to the exported model and its held-out perplexity."""
     root = tmp_path_factory.mktemp("undisturbed")
-    for stage in ("corpus", "train", "export", "evaluate"):
-        terrane("run", str(recipe), f"storage={root}", "--stage", stage)
+    terrane("run", str(recipe), f"storage={root}")
     return find_run(str(root / "cut"))
 
 
@@ -63,12 +62,11 @@ def changed(recipe: Path, undisturbed: RunDir, tmp_path_factory: pytest.TempPath
     root = tmp_path_factory.mktemp("changed")
     shutil.copytree(undisturbed.corpus, root / "cut" / "corpus")
     fault = f"faults=[{{kind: kill_rank, rank: 3, step: {KILLED_AT}}}]"
-    lost = terrane("run", str(recipe), f"storage={root}", "--stage", "train", *CUT, fault, check=False)
+    lost = terrane("run", str(recipe), f"storage={root}", *CUT, fault, check=False)
     assert lost.returncode == 1, lost.stderr
     run = find_run(str(root / "cut"))
     assert committed_steps(run.checkpoints) == [COMMITTED], lost.stderr
-    for stage in ("train", "export", "evaluate"):
-        terrane("run", str(recipe), f"storage={root}", "--stage", stage, *SPLIT)
+    terrane("run", str(recipe), f"storage={root}", *SPLIT)
     return run
 
 

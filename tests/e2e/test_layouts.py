@@ -13,7 +13,7 @@ from orchestrator.runs import RunDir, find_run
 from orchestrator.train.checkpoints import committed_steps
 from tests.e2e.conftest import terrane
 
-STEPS, COMMITTED, KILLED_AT = 10, 4, 6
+STEPS, COMMITTED, KILLED_AT = 10, 4, (6, 7)
 RECIPE = """
 name: cut
 corpus:
@@ -58,11 +58,11 @@ def undisturbed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDi
 
 @pytest.fixture(scope="module")
 def changed(recipe: Path, undisturbed: RunDir, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    """Four workers, one of which is killed; then two that go on from the checkpoint."""
+    """Four workers, one of which is killed, and again in the next attempt; then two that go on from the checkpoint."""
     root = tmp_path_factory.mktemp("changed")
     shutil.copytree(undisturbed.corpus, root / "cut" / "corpus")
-    fault = f"faults=[{{kind: kill_rank, rank: 3, step: {KILLED_AT}}}]"
-    lost = terrane("run", str(recipe), f"storage={root}", *CUT, fault, check=False)
+    faults = ", ".join(f"{{kind: kill_rank, rank: 3, step: {step}}}" for step in KILLED_AT)
+    lost = terrane("run", str(recipe), f"storage={root}", *CUT, f"faults=[{faults}]", check=False)
     assert lost.returncode == 1, lost.stderr
     run = find_run(str(root / "cut"))
     assert committed_steps(run.checkpoints) == [COMMITTED], lost.stderr
@@ -74,7 +74,7 @@ def test_the_losses_are_those_of_the_undisturbed_run(undisturbed: RunDir, change
     expected, found = undisturbed.loss_curve(), changed.loss_curve()
     assert sorted(found) == sorted(expected) == list(range(1, STEPS + 1))
     assert {step: line["attempt"] for step, line in found.items()} == {
-        step: 1 if step <= COMMITTED else 2 for step in found
+        step: 1 if step <= COMMITTED else 3 for step in found
     }
     for step, line in found.items():
         for what in ("loss", "grad_norm"):
@@ -83,8 +83,8 @@ def test_the_losses_are_those_of_the_undisturbed_run(undisturbed: RunDir, change
 
 def test_each_attempt_ran_in_the_layout_that_was_asked_for(changed: RunDir) -> None:
     keys = ("tensor_parallel", "pipeline_stages", "layers_per_stage", "data_parallel", "zero_stage")
-    plans = [changed.read_json(changed.plan(attempt)) for attempt in (1, 2)]
-    assert [[plan[key] for key in keys] for plan in plans] == [[2, 2, [1, 3], 1, 1], [1, 1, [4], 2, 3]]
+    plans = [changed.read_json(changed.plan(attempt)) for attempt in (1, 2, 3)]
+    assert [[plan[key] for key in keys] for plan in plans] == [*[[2, 2, [1, 3], 1, 1]] * 2, [1, 1, [4], 2, 3]]
 
 
 def test_the_exported_models_are_the_same_to_rounding(undisturbed: RunDir, changed: RunDir) -> None:

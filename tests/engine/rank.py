@@ -97,14 +97,11 @@ def _flag(case: Case, step: int) -> bool:
 
 def _in_order(own: np.ndarray | None, plan: Plan) -> list[float]:
     """Losses of the sequences of the global batch, from those of every rank."""
-    stage, data_rank, tensor_rank = plan.coordinates(dist.get_rank())
-    assert (own is None) == (stage < plan.pipeline_stages - 1), "the last stage has losses"
+    stage, _, tensor_rank = plan.coordinates(dist.get_rank())
+    assert (own is not None) == (stage == plan.pipeline_stages - 1 and tensor_rank == 0), "one rank a replica has them"
     told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, None if own is None else (data_rank, tensor_rank, own.tolist()))
-    shares = {data: losses for data, tensor, losses in filter(None, told) if tensor == 0}
-    for data, _, losses in filter(None, told):
-        assert np.array_equal(losses, shares[data], equal_nan=True), "tensor-parallel ranks agree"
-    return [loss for data in range(plan.data_parallel) for loss in shares[data]]
+    dist.all_gather_object(told, None if own is None else own.tolist())
+    return [loss for losses in told if losses is not None for loss in losses]
 
 
 def plan_of(case: Case) -> Plan:

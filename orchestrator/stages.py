@@ -18,10 +18,12 @@ from orchestrator.data.evaluation_sets import list_evaluation_sets
 from orchestrator.data.language import check_languages
 from orchestrator.data.manifest import Manifest, load_manifest
 from orchestrator.data.sources import SourceFile, list_sources
-from orchestrator.data.tokenizer import added_tokens, check_directory, given_tokenizer
+from orchestrator.data.tokenizer import check_directory, given_tokenizer, planned_vocabulary
 from orchestrator.errors import CheckpointDamaged, Interrupted, RunFailed, UserError
 from orchestrator.hub import model_directory, pinned
 from orchestrator.model_files import check_model
+from orchestrator.planning.layout import layout_of
+from orchestrator.planning.shape import model_shape
 from orchestrator.runs import RunDir, open_run, run_of
 from orchestrator.train import checkpoints
 
@@ -99,7 +101,7 @@ def check_inputs(recipe: Recipe) -> list[SourceFile]:
     given = given_tokenizer(recipe)
     if given:
         check_directory(str(given))
-    added_tokens(recipe.tokenizer)
+    layout_of(recipe.train, model_shape(recipe, planned_vocabulary(recipe)), recipe.train.dtype)
     return files
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from orchestrator.config import LayoutConfig, TrainConfig
@@ -97,9 +98,13 @@ def _layers_per_stage(asked: LayoutConfig, layers: int) -> tuple[int, ...]:
 
 
 def _check_tensor_parallel(size: int, shape: ModelShape) -> None:
-    for what, number in (("heads", shape.heads), ("heads of keys and values", shape.kv_heads or shape.heads)):
+    """Its ranks take heads, and inner features of the feed-forward networks, in equal numbers."""
+    cut = {"heads": shape.heads, "heads of keys and values": shape.kv_heads, "feed-forward features": shape.ffn_size}
+    given = {what: number for what, number in cut.items() if number}
+    for what, number in given.items():
         if number % size:
-            fitting = [n for n in range(1, number + 1) if number % n == 0]
+            common = math.gcd(*given.values())
+            fitting = [n for n in range(1, shape.heads + 1) if common % n == 0]
             raise PlanError(
                 f"train.layout.tensor_parallel={size} does not divide the model's {number} {what}",
                 f"use {', '.join(map(str, fitting))}",

@@ -214,11 +214,7 @@ def choose_dtype(asked: str, pool: NodePool) -> str:
     Raises:
         PlanError: they do not compute in what is asked for.
     """
-    native = {"cpu": ("fp32", "bf16"), "dcu": ("fp16", "fp32", "bf16"), "cuda": ("bf16", "fp16", "fp32")}[
-        pool.accelerator
-    ]
-    if not pool.bf16:
-        native = tuple(dtype for dtype in native if dtype != "bf16")
+    native = [dtype for dtype in _DTYPES[pool.accelerator] if dtype != "bf16" or pool.bf16]
     if asked == "auto":
         return native[0]
     if asked not in native:

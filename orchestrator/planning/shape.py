@@ -26,6 +26,8 @@ class ModelShape:
     """Of one decoder block."""
     kv_heads: int | None = None
     """Heads of keys and values, where they are fewer than heads."""
+    ffn_size: int | None = None
+    """Inner features of the feed-forward networks."""
 
     @property
     def outer_parameters(self) -> int:
@@ -52,6 +54,7 @@ def model_shape(recipe: Recipe, vocab_size: int) -> ModelShape:
         parameters=sum(sizes.values()),
         block_parameters=sum(size for name, size in sizes.items() if ".layers.0." in name),
         kv_heads=kv_heads(values) if kv_heads(values) != values["num_attention_heads"] else None,
+        ffn_size=values.get("intermediate_size") or values.get("ffn_dim"),
     )
 
 

@@ -174,9 +174,9 @@ class Engine:
         """The sum over the targets of all ranks of the cross entropy, in nats, and their number.
 
         Args:
-            tokens: [sequences, sequence_length]; None on ranks whose role reads no data.
+            tokens: [at most `sequences`, sequence_length]; None on ranks whose role reads no data.
             counted: bool like tokens: False for those that are no targets. None: all are.
-            sequences: the same on every rank.
+            sequences: of the largest part; the same on every rank.
         """
         count = math.ceil(sequences / self._plan.micro_batch_size)
         judgement = self._judgement = _Judgement(1, False, None)

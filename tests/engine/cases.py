@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,12 @@ from orchestrator.data.schedule import Role, Schedule, Share
 from orchestrator.train.fragments import Box
 
 LENGTH, VOCAB, SAMPLES, FILLER = 32, 300, 64, 2
+POISON = VOCAB - 1
 STEPS = 9
 UNTRAINED, SAVED = 1, 5
 """Steps after which there are checkpoints: nothing was learned before the first; both were passed over themselves."""
+HELD_OUT = 8
+"""The step whose samples an evaluation takes: excluded ones among them, and not as many for every rank."""
 
 SCHEDULE = Schedule(
     order=Order(
@@ -60,12 +63,17 @@ class Case:
     apart: bool = False
     """Documents do not see each other."""
     micro_batch: int = 2
+    folder: str = "checkpoints"
     load: int = 0
     """The step to go on after; 0: from the beginning."""
     last: int = STEPS
     save: tuple[int, ...] = ()
     """Commit after these steps."""
     attempt: int = 1
+    dropped: tuple[int, ...] = ()
+    """Steps whose update is not accepted."""
+    poisoned: tuple[int, ...] = ()
+    """Steps in which the last replica sees a token whose embedding is NaN."""
 
     @property
     def ranks(self) -> int:
@@ -73,15 +81,25 @@ class Case:
 
 
 def share_of(step: int, role: Role) -> Share:
-    """What orchestrator.data.stream gives, without Ray."""
-    tokens = None if SCHEDULE.skips(step) else samples(SCHEDULE.ids([step], role))
-    return SCHEDULE.share(step, role, tokens)
+    """What orchestrator.data.stream and orchestrator.train.replicas give, without Ray."""
+    reads = replace(role, tensor_rank=0).reads and not SCHEDULE.skips(step)
+    return SCHEDULE.share(step, role, samples(SCHEDULE.ids([step], role)) if reads else None)
 
 
 def samples(ids: np.ndarray) -> np.ndarray:
-    """Something that a model can learn: runs of counting tokens."""
-    starts = np.random.default_rng(1).integers(0, VOCAB - LENGTH, SAMPLES)[ids]
-    return (starts[:, None] + np.arange(LENGTH)).astype(np.uint16)
+    """Something that a model can learn: runs of counting tokens, in which a document ends somewhere."""
+    starts = np.random.default_rng(1).integers(0, POISON - LENGTH, SAMPLES)[ids]
+    tokens = starts[:, None] + np.arange(LENGTH)
+    tokens[np.arange(len(ids)), ids % LENGTH] = FILLER
+    return tokens.astype(np.uint16)
+
+
+def poison(share: Share) -> Share:
+    """With the token that no other share has."""
+    assert share.tokens is not None
+    tokens = share.tokens.copy()
+    tokens[-1, 1] = POISON
+    return replace(share, tokens=tokens)
 
 
 def configuration(family: str = "galactica") -> Any:
@@ -117,7 +135,13 @@ class ModelWeights:
     """The weights of a model in memory, as the engine asks for them."""
 
     def __init__(self, model: Any) -> None:
-        self._parameters = dict(model.named_parameters())
+        self._parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def poison(self) -> None:
+        embedding = self._parameters["model.embed_tokens.weight"] = self._parameters[
+            "model.embed_tokens.weight"
+        ].clone()
+        embedding[POISON] = float("nan")
 
     def read(self, name: str, box: Box) -> Any:
-        return self._parameters[name].detach()[box.slices]
+        return self._parameters[name][box.slices]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from orchestrator import accelerators
@@ -16,6 +16,7 @@ from orchestrator import accelerators
 accelerators.prepare_process(accelerators.CPU)
 
 import deepspeed  # noqa: E402
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
@@ -25,40 +26,82 @@ from orchestrator.train import checkpoints  # noqa: E402
 from orchestrator.train.checkpoints import Retention  # noqa: E402
 from orchestrator.train.engine import Engine  # noqa: E402
 from orchestrator.train.saver import Saver  # noqa: E402
-from tests.engine.cases import CONFIG, FILLER, SCHEDULE, STEPS, Case, ModelWeights, configuration, model, share_of  # noqa: E402
+from tests.engine.cases import (  # noqa: E402
+    CONFIG,
+    FILLER,
+    HELD_OUT,
+    SCHEDULE,
+    STEPS,
+    Case,
+    ModelWeights,
+    configuration,
+    model,
+    poison,
+    share_of,
+)
 
 
-def trained(case: Case, directory: str) -> dict[str, Any]:
-    """{step: (loss, norm)} of the steps that were not passed over, as the worker's loop goes through them."""
-    rank = dist.get_rank()
+def trained(case: Case, root: str) -> dict[str, Any]:
+    """The way of a case through the schedule, as the worker's loop goes. By step, where there is something to learn:
+
+    losses: (loss, gradient norm). sequences: mean losses of those of the global batch, in order. applied: whether the
+    update was made. broken: the ranks whose loss is not finite. Then `held_out`, the (sum, targets) of an evaluation
+    at the end, and `refused`, why a commit was.
+    """
+    rank, directory = dist.get_rank(), str(Path(root, case.folder))
     plan = plan_of(case)
     role = plan.role(rank)
     engine = Engine(configuration(case.family), CONFIG, plan, accelerators.CPU, FILLER if case.apart else None)
-    updates = 0
-    if not case.load:
-        engine.start(ModelWeights(model(case.family)))
-    if case.load:
-        commit = checkpoints.read_commit(directory, case.load)
-        engine.load(directory, commit)
-        updates = commit.position.updates
-    losses = {}
+    updates = _begin(engine, case, directory)
     saver = Saver(directory, case.attempt, Retention(last=STEPS), lambda commit, timing: None)
+    told: dict[str, Any] = {"losses": {}, "sequences": {}, "applied": {}, "broken": {}}
     for step in range(case.load + 1, case.last + 1):
-        share = share_of(step, replace(role, tensor_rank=0))
+        share = share_of(step, role)
+        if step in case.poisoned and share.tokens is not None and role.rank == len(case.shares) - 1:
+            share = poison(share)
         if share.targets:
-            last = step == case.last
-            result = engine.step(share, CONFIG.lr, flag=last and rank == case.ranks - 1)
-            assert result.flag == last, "a flag of any rank reaches all"
-            losses[step] = (result.loss, result.grad_norm)
-            updates += 1
+            result = engine.step(share, CONFIG.lr, _flag(case, step), lambda *_, step=step: step not in case.dropped)  # type: ignore[misc]
+            assert result.flag == (step == case.last), "a flag of any rank reaches all"
+            told["losses"][step] = (result.loss, result.grad_norm)
+            told["sequences"][step] = _in_order(result.sample_losses, plan)
+            told["applied"][step], told["broken"][step] = result.applied, result.broken_ranks
+            updates += result.applied
         if step in case.save:
             position = checkpoints.Position(step=step, updates=updates, past=SCHEDULE.past(step))
             engine.save(saver, position)
+    share = share_of(HELD_OUT, role)
+    told["held_out"] = engine.evaluate(share.tokens, share.counted, share.largest)
     try:
         saver.wait()
     except UserError as error:
-        return {"losses": losses, "refused": error.message}
-    return {"losses": losses}
+        told["refused"] = error.message
+    return told
+
+
+def _begin(engine: Engine, case: Case, directory: str) -> int:
+    """Returns the updates that were made."""
+    if case.load:
+        commit = checkpoints.read_commit(directory, case.load)
+        engine.load(directory, commit)
+        return commit.position.updates
+    weights = ModelWeights(model(case.family))
+    if case.poisoned:
+        weights.poison()
+    engine.start(weights)
+    return 0
+
+
+def _flag(case: Case, step: int) -> bool:
+    return step == case.last and dist.get_rank() == case.ranks - 1
+
+
+def _in_order(own: np.ndarray | None, plan: Plan) -> list[float]:
+    """Losses of the sequences of the global batch, from those of every rank."""
+    stage, _, tensor_rank = plan.coordinates(dist.get_rank())
+    assert (own is not None) == (stage == plan.pipeline_stages - 1 and tensor_rank == 0), "one rank a replica has them"
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, None if own is None else own.tolist())
+    return [loss for losses in told if losses is not None for loss in losses]
 
 
 def plan_of(case: Case) -> Plan:

@@ -96,6 +96,24 @@ class Engine:
         self._engine = zero.initialize(self._module, optimizer, values, None if self._pipelined else grid)
         self._state = zero.optimizer_state(self._engine, parts, self._config.clip_norm)
 
+    # --- what integrity.py looks at -----------------------------------------------------------------------------------
+
+    @property
+    def stage(self) -> Stage:
+        return self._stage
+
+    @property
+    def plan(self) -> Plan:
+        return self._plan
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def keeps_documents_apart(self) -> bool:
+        return self._document_end is not None
+
     # --- life ---------------------------------------------------------------------------------------------------------
 
     def start(self, weights: Any) -> None:
@@ -190,7 +208,7 @@ class Engine:
                     self._losses(self._engine(inputs), labels)
             self._engine.train()
         targets = 0 if tokens is None or not judgement.losses else _targets(tokens, counted).sum()
-        sums, numbers = self._gathered(self._loss_sum(), float(targets) if self._tensor_rank == 0 else 0.0)
+        sums, numbers = self.gathered(self._loss_sum(), float(targets) if self._tensor_rank == 0 else 0.0)
         return sum(sums), int(sum(numbers))
 
     def _losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -205,7 +223,7 @@ class Engine:
     def _judge(self, norm: float) -> bool:
         """Before the update: exchange the losses of all ranks, then decide, on all alike."""
         judgement = self._judgement
-        judgement.sums, judgement.flags = self._gathered(self._loss_sum(), float(judgement.flag))
+        judgement.sums, judgement.flags = self.gathered(self._loss_sum(), float(judgement.flag))
         judgement.loss, judgement.grad_norm = sum(judgement.sums) / judgement.targets, norm
         finite = math.isfinite(judgement.loss) and math.isfinite(norm)
         accepted = judgement.accept is None or judgement.accept(judgement.loss, norm)
@@ -217,7 +235,7 @@ class Engine:
         losses = self._judgement.losses
         return torch.cat(losses).sum(dtype=torch.float64) if losses and self._tensor_rank == 0 else 0.0
 
-    def _gathered(self, *values: torch.Tensor | float) -> list[list[float]]:
+    def gathered(self, *values: torch.Tensor | float) -> list[list[float]]:
         """Each value of every rank, by rank."""
         own = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self._device) for v in values])
         world = torch.empty(dist.get_world_size() * len(values), dtype=torch.float64, device=self._device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from orchestrator import storage
+from orchestrator import storage, suspects
 from orchestrator.errors import UserError
 from orchestrator.goodput import attempt_rows
 from orchestrator.runs import RunDir
@@ -37,6 +37,7 @@ def summarize(run: RunDir) -> dict[str, Any]:
         "tokens_per_second": last["tokens_per_second"] if last else None,
         "checkpoints": committed_steps(run.checkpoints),
         "lost_shards": [shard["name"] for shard in run.read_json(run.lost_shards) or []],
+        "suspect_nodes": suspects.read(run),
         "attempts": [vars(row) for row in attempt_rows(events, lines)],
         "evaluation": run.read_json(run.path("evaluation", evaluations[-1])) if evaluations else None,
         "last_event": events[-1] if events else None,
@@ -70,6 +71,8 @@ def describe(summary: dict[str, Any]) -> str:
         out.append(f"  attempt {row['number']:<4} {row['workers']} workers, {steps}, {state}{repeated}{recovered}")
     if summary["lost_shards"]:
         out.append(f"  goes on without  {', '.join(summary['lost_shards'])}")
+    for node in summary["suspect_nodes"]:
+        out.append(f"  suspect      {suspects.in_words(node)}")
     if summary["checkpoints"]:
         out.append(f"  checkpoints  {', '.join(map(str, summary['checkpoints']))}")
     if evaluation := summary["evaluation"]:

@@ -22,6 +22,7 @@ from orchestrator.data.schedule import Share
 from orchestrator.planning.search import Plan
 from orchestrator.train import checkpoints, pipeline, zero
 from orchestrator.train.fragments import PARAM, Fragment
+from orchestrator.train.profiling import labelled
 from orchestrator.train.saver import Saver, Timing
 from orchestrator.train.stage import NOT_A_TARGET, Part, Stage, document_numbers
 from orchestrator.train.tensor_parallel import ALONE, TensorGroup
@@ -71,6 +72,7 @@ class Engine:
         self._pipelined = plan.pipeline_stages > 1
         self._build(model)
         self._state.guard(self._judge)
+        self._engine.optimizer.step = labelled("optimizer")(self._engine.optimizer.step)
 
     def _build(self, model: Any) -> None:
         plan = self._plan
@@ -170,12 +172,14 @@ class Engine:
         judgement = self._judgement = _Judgement(share.targets, flag, accept)
         batches = self._micro_batches(share.tokens, share.counted, count)
         if self._pipelined:
-            pipeline.train_batch(self._engine, batches, count)
+            with labelled("forward-backward"):  # the update is made within
+                pipeline.train_batch(self._engine, batches, count)
         else:
             for number, (inputs, labels) in enumerate(batches, 1):
                 self._engine.set_gradient_accumulation_boundary(number == count)
-                losses = self._losses(self._engine(inputs), labels)
-                self._engine.backward(losses.sum() * self._scale, scale_wrt_gas=False)
+                with labelled("forward-backward"):
+                    losses = self._losses(self._engine(inputs), labels)
+                    self._engine.backward(losses.sum() * self._scale, scale_wrt_gas=False)
                 self._engine.step()
         if not judgement.gathered:  # of a gradient that overflows in fp16 DeepSpeed takes no norm
             self._judge(math.inf)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -21,9 +22,9 @@ import torch.distributed as dist
 from torch import nn
 
 from orchestrator.data.schedule import Share
-from orchestrator.errors import SilentCorruption
+from orchestrator.errors import NotFinite, SilentCorruption
 from orchestrator.train import verdicts
-from orchestrator.train.engine import Engine
+from orchestrator.train.engine import Engine, StepResult
 from orchestrator.train.stage import Stage
 from orchestrator.train.tensor_parallel import ROWS, VocabularyHead, watched
 from orchestrator.train.verdicts import INNOCENT, TOLERANCE, Measure, Place, Verdict
@@ -106,6 +107,19 @@ class Integrity:
         return verdict | verdicts.of_copies(
             verdicts.ends(places), lambda one, other: copies[one].agrees(copies[other], verdicts.TIED_TOLERANCE)
         )
+
+    def explain(self, share: Share, result: StepResult) -> None:
+        """Say where the gradient of a step broke whose losses are finite. In fp16 it may overflow now and then.
+
+        Raises:
+            NotFinite: on every rank: names ranks and parameters. Nothing, where it did not happen again.
+        """
+        if math.isfinite(result.grad_norm) or result.broken_ranks or self._engine.plan.dtype == "fp16":
+            return
+        if broken := self.broken_gradients(share):
+            where = "; ".join(map(str, broken))
+            hint = "the losses are finite: a device that breaks one gradient again and again is to be tested"
+            raise NotFinite(f"gradient norm is {result.grad_norm} at step {share.step}: {where}", hint, share.step)
 
     def broken_gradients(self, share: Share) -> list[BrokenGradient]:
         """Where gradients that are not finite began, after a step whose gradient was not and whose losses were.
@@ -293,7 +307,7 @@ class BrokenGradient:
     """The first in the order of the backward pass whose gradient on this rank is not finite."""
 
     def __str__(self) -> str:
-        return f"rank {self.rank} on {self.node}: gradient of {self.parameter}"
+        return f"rank {self.rank} on {self.node}, gradient of {self.parameter}"
 
 
 @contextlib.contextmanager

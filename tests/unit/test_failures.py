@@ -86,3 +86,10 @@ def test_behind_a_spike_the_run_goes_back_as_often_as_it_may() -> None:
     assert (decision.action, decision.reason) == ("restart", "goes back behind step 28")
     decision = decide(spikes, max_restarts=10, rollback_allowance=0)
     assert (decision.action, "train.spikes.max_rollbacks" in decision.reason) == ("give_up", True)
+
+
+def test_a_corrupt_device_costs_restarts_until_they_run_out() -> None:
+    """The same verdict twice is no reason to stop: the next plan may do without the node."""
+    corrupt = [ending("corruption", resumed_from=20)] * 3
+    assert decide(corrupt, max_restarts=3).reason == "corruption: resume at step 20, 5 steps to repeat"
+    assert decide([*corrupt, corrupt[0]], max_restarts=3).action == "give_up"

@@ -1,6 +1,6 @@
 """What a check for silent corruption costs, in steps of one sequence a rank: the most that it can cost.
 
-    pytest tests/benchmarks/bench_integrity.py --override-ini python_files='bench_*.py' -s
+pytest tests/benchmarks/bench_integrity.py --override-ini python_files='bench_*.py' -s
 """
 
 from __future__ import annotations

@@ -176,8 +176,8 @@ class Trace:
 def probe(engine: Engine, length: int, seed: int) -> Trace:
     """One sequence through the stage of this rank, forward and backward, with what it measures on its way.
 
-    Every rank of a tensor-parallel group takes part; no other rank has to. The gradient is taken of the input, and of
-    one layer, another one with every seed: together they would need as much memory as the whole stage.
+    Every rank of a tensor-parallel group takes part, and under ZeRO-3 every replica. The gradient is taken of the input
+    and of one layer, another one with every seed: together they would need as much memory as the whole stage.
     """
     stage = engine.stage
     random = torch.Generator().manual_seed(seed)

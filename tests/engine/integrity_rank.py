@@ -44,7 +44,7 @@ class Fault:
             return
         if self.kind == "linear" or self.kind == "sometimes":
             torch.nn.functional.linear = self._wrong_linear
-        if self.kind == "bit" and step == self.step:
+        if self.kind == "stuck bit" or (self.kind == "bit" and step == self.step):
             parameter = next(p for part, p in engine.stage.parts() if part.box.lengths == part.shape)
             parameter.data.view(-1).view(torch.int32)[3] ^= 1
         if self.kind == "poison":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
@@ -64,3 +65,9 @@ def test_status_names_suspects(run: RunDir) -> None:
     assert "node node-1 on a computed wrong numbers (attempt 1 step 7) and perhaps did (attempt 2 step 7)" in told
     assert summarize(run)["suspect_nodes"][0]["verdicts"][0]["rank"] == 1
     assert [event["step"] for event in run.events() if event["event"] == "corruption"] == [7, 7]
+
+
+def test_the_error_keeps_its_suspects_between_processes() -> None:
+    error = corruption("node-1")
+    again = pickle.loads(pickle.dumps(error))
+    assert (again.message, again.step, again.suspects) == (error.message, error.step, error.suspects)

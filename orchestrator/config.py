@@ -370,6 +370,11 @@ class TrainConfig(Section):
     """Shards of the corpus that may turn out missing or damaged; training goes on without their samples. With one more
     the run stops at its last checkpoint."""
     spikes: SpikesConfig = SpikesConfig()
+    check_every: Count | None = 100
+    """Steps. Replicas are compared then, and before every checkpoint, so that a device that computes wrong numbers
+    without an error is found; a check takes about as long as one sequence does. null: never."""
+    profile: tuple[Count, Count] | None = None
+    """First and last step to trace, as in [20, 22]: every rank writes what it did to the attempt's directory."""
 
     @model_validator(mode="after")
     def something_is_trained(self) -> Self:
@@ -381,6 +386,8 @@ class TrainConfig(Section):
                 raise ValueError(f"skip_steps [{first}, {last}] is no range of steps up to steps={self.steps}")
         if self.keep_best and not self.evaluate_every:
             raise ValueError("keep_best goes by the held-out loss: give evaluate_every")
+        if self.profile and not self.profile[0] <= self.profile[1] <= self.steps:
+            raise ValueError(f"profile {list(self.profile)} is no range of steps up to steps={self.steps}")
         covered = 0
         for first, last in sorted(self.skip_steps):
             covered = last if first <= covered + 1 <= last else covered
@@ -489,6 +496,8 @@ MUTABLE = (
     "train.keep_best",
     "train.evaluate_every",
     "train.spikes",
+    "train.check_every",
+    "train.profile",
     "train.max_restarts",
     "train.max_lost_shards",
     "train.quarantine",

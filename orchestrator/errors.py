@@ -60,6 +60,25 @@ class CheckpointDamaged(StorageError):
         return type(self), (self.message, self.hint, self.step)
 
 
+class SilentCorruption(UserError):
+    """A device computes wrong numbers: replicas that had the same to compute differ.
+
+    Args:
+        step: after which it showed.
+        suspects: rank, host, Ray's node_id, and sure: whether a majority stands against it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "", step: int = 0, suspects: tuple[dict[str, Any], ...] = ()) -> None:
+        super().__init__(message, hint)
+        self.step = step
+        self.suspects = suspects
+
+    def __reduce__(self) -> tuple[type["UserError"], tuple[Any, ...]]:
+        return type(self), (self.message, self.hint, self.step, self.suspects)
+
+
 class DataOrderError(Exception):
     """Other samples arrived than the schedule says. They are refused; the attempt ends, the next reads them anew."""
 

@@ -11,6 +11,7 @@ Outcome = Literal[
     "worker_lost",
     "shard_lost",
     "checkpoint_damaged",
+    "corruption",
     "not_finite",
     "spike",
     "user_error",

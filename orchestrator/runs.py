@@ -87,6 +87,10 @@ class RunDir:
         return self.path("lost_shards.json")
 
     @property
+    def suspect_nodes(self) -> str:
+        return self.path("suspect_nodes.json")
+
+    @property
     def report_html(self) -> str:
         return self.path("report.html")
 
@@ -119,6 +123,10 @@ class RunDir:
     def rollback(self, number: int) -> str:
         """Where the run went back to after an attempt that ended with a loss spike."""
         return storage.join(self.attempt(number), "rollback.json")
+
+    def profile(self, number: int, rank: int) -> str:
+        """What a rank did in some steps."""
+        return storage.join(self.attempt(number), "profile", f"rank-{rank}.json.gz")
 
     def attempt_logs(self, number: int) -> str:
         return storage.join(self.attempt(number), "logs")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from orchestrator import cluster, failures, rollback, storage
+from orchestrator import cluster, failures, rollback, storage, suspects
 from orchestrator.accelerators import ACCELERATORS
 from orchestrator.config import Recipe
 from orchestrator.data import tokenizer
@@ -23,12 +23,13 @@ from orchestrator.errors import (
     NotFinite,
     RunFailed,
     ShardLost,
+    SilentCorruption,
     StepFailed,
     UserError,
 )
 from orchestrator.evaluation.held_out import sequences_of
 from orchestrator.failures import Ending, Outcome
-from orchestrator.planning.search import Plan, plan
+from orchestrator.planning.search import Plan
 from orchestrator.planning.shape import model_shape
 from orchestrator.resume import (
     check_lost_shards,
@@ -55,6 +56,7 @@ _PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "ncclRemo
 _OUTCOMES: dict[type[UserError], Outcome] = {
     ShardLost: "shard_lost",
     CheckpointDamaged: "checkpoint_damaged",
+    SilentCorruption: "corruption",
     NotFinite: "not_finite",
     LossSpike: "spike",
 }
@@ -125,7 +127,7 @@ def make_plan(run: RunDir, recipe: Recipe) -> Plan:
     """The plan for the devices alive now."""
     manifest = load_manifest(run.corpus)
     vocab_size = manifest.vocab_size if manifest else tokenizer.planned_vocabulary(recipe)
-    return plan(recipe, model_shape(recipe, vocab_size), cluster.node_pools())
+    return suspects.plan_around(run, recipe, model_shape(recipe, vocab_size), cluster.node_pools())
 
 
 def request_stop(run: RunDir, reason: str) -> None:
@@ -173,6 +175,8 @@ def _attempt(
         run.write_json(run.attempt_error(attempt), {"outcome": outcome, "message": message})
     if isinstance(cause, CheckpointDamaged) and cause.step is not None:
         set_aside_damaged(run, cause.step, cause.message)
+    if isinstance(cause, SilentCorruption):
+        suspects.note(run, attempt, cause)
     committed = checkpoints.committed_steps(run.checkpoints)
     step = committed[-1] if committed else 0
     if outcome == "finished" and step < recipe.train.steps:

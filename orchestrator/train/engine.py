@@ -22,6 +22,7 @@ from orchestrator.data.schedule import Share
 from orchestrator.planning.search import Plan
 from orchestrator.train import checkpoints, pipeline, zero
 from orchestrator.train.fragments import PARAM, Fragment
+from orchestrator.train.profiling import labelled
 from orchestrator.train.saver import Saver, Timing
 from orchestrator.train.stage import NOT_A_TARGET, Part, Stage, document_numbers
 from orchestrator.train.tensor_parallel import ALONE, TensorGroup
@@ -71,6 +72,7 @@ class Engine:
         self._pipelined = plan.pipeline_stages > 1
         self._build(model)
         self._state.guard(self._judge)
+        self._engine.optimizer.step = labelled("optimizer")(self._engine.optimizer.step)
 
     def _build(self, model: Any) -> None:
         plan = self._plan
@@ -95,6 +97,24 @@ class Engine:
         self._module = pipeline.pipeline_module(stage, plan, self._pipeline_loss) if self._pipelined else stage
         self._engine = zero.initialize(self._module, optimizer, values, None if self._pipelined else grid)
         self._state = zero.optimizer_state(self._engine, parts, self._config.clip_norm)
+
+    # --- what integrity.py looks at -----------------------------------------------------------------------------------
+
+    @property
+    def stage(self) -> Stage:
+        return self._stage
+
+    @property
+    def plan(self) -> Plan:
+        return self._plan
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def keeps_documents_apart(self) -> bool:
+        return self._document_end is not None
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
@@ -152,12 +172,14 @@ class Engine:
         judgement = self._judgement = _Judgement(share.targets, flag, accept)
         batches = self._micro_batches(share.tokens, share.counted, count)
         if self._pipelined:
-            pipeline.train_batch(self._engine, batches, count)
+            with labelled("forward-backward"):  # the update is made within
+                pipeline.train_batch(self._engine, batches, count)
         else:
             for number, (inputs, labels) in enumerate(batches, 1):
                 self._engine.set_gradient_accumulation_boundary(number == count)
-                losses = self._losses(self._engine(inputs), labels)
-                self._engine.backward(losses.sum() * self._scale, scale_wrt_gas=False)
+                with labelled("forward-backward"):
+                    losses = self._losses(self._engine(inputs), labels)
+                    self._engine.backward(losses.sum() * self._scale, scale_wrt_gas=False)
                 self._engine.step()
         if not judgement.gathered:  # of a gradient that overflows in fp16 DeepSpeed takes no norm
             self._judge(math.inf)
@@ -190,7 +212,7 @@ class Engine:
                     self._losses(self._engine(inputs), labels)
             self._engine.train()
         targets = 0 if tokens is None or not judgement.losses else _targets(tokens, counted).sum()
-        sums, numbers = self._gathered(self._loss_sum(), float(targets) if self._tensor_rank == 0 else 0.0)
+        sums, numbers = self.gathered(self._loss_sum(), float(targets) if self._tensor_rank == 0 else 0.0)
         return sum(sums), int(sum(numbers))
 
     def _losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -205,7 +227,7 @@ class Engine:
     def _judge(self, norm: float) -> bool:
         """Before the update: exchange the losses of all ranks, then decide, on all alike."""
         judgement = self._judgement
-        judgement.sums, judgement.flags = self._gathered(self._loss_sum(), float(judgement.flag))
+        judgement.sums, judgement.flags = self.gathered(self._loss_sum(), float(judgement.flag))
         judgement.loss, judgement.grad_norm = sum(judgement.sums) / judgement.targets, norm
         finite = math.isfinite(judgement.loss) and math.isfinite(norm)
         accepted = judgement.accept is None or judgement.accept(judgement.loss, norm)
@@ -217,7 +239,7 @@ class Engine:
         losses = self._judgement.losses
         return torch.cat(losses).sum(dtype=torch.float64) if losses and self._tensor_rank == 0 else 0.0
 
-    def _gathered(self, *values: torch.Tensor | float) -> list[list[float]]:
+    def gathered(self, *values: torch.Tensor | float) -> list[list[float]]:
         """Each value of every rank, by rank."""
         own = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self._device) for v in values])
         world = [torch.empty_like(own) for _ in range(dist.get_world_size())]

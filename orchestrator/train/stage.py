@@ -158,7 +158,7 @@ class Stage(nn.Module):
             settled: called with every layer that has its memory.
         """
         tied = self.last and self.first and self.lm_head.weight is self.embed_tokens.weight
-        for layer in self._layers():
+        for layer in self.layers():
             layer.to_empty(device=device)
             with torch.no_grad():
                 for parameter in layer.parameters():
@@ -176,7 +176,8 @@ class Stage(nn.Module):
             with torch.device(device):
                 self._rotary = self._rotary_kind(config=self.config)
 
-    def _layers(self) -> Iterator[nn.Module]:
+    def layers(self) -> Iterator[nn.Module]:
+        """Those with parameters of their own, first to last."""
         for name, child in self.named_children():
             if child is self.blocks:
                 yield from self.blocks.values()

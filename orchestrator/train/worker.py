@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -61,6 +62,8 @@ def train_worker(values: dict[str, Any]) -> None:
 
 def _train(job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int) -> None:
     from orchestrator.data.stream import stream
+    from orchestrator.train.integrity import Integrity, Node
+    from orchestrator.train.profiling import Profiler, labelled
     from orchestrator.train.replicas import reading_group, replicated
 
     config, resume = recipe.train, job.commit()
@@ -77,11 +80,13 @@ def _train(job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int) -> None
     saver = _saver(run, recipe, job.attempt, recorder)
     watch = _watch(job, recipe, plan, manifest, schedule, role)
     held_out = HeldOut(run.corpus, recipe, manifest, role) if config.evaluate_every else None
+    integrity = Integrity(engine, config.sequence_length, Node(socket.gethostname(), _ray_node()))
+    profiler = Profiler(run.profile(job.attempt, rank), config.profile)
     stop = StopRequest(run, rank)
     updates = resume.position.updates if resume else 0
     asked = False
-    with contextlib.closing(recorder), contextlib.closing(saver):
-        for share in recorder.timed(shares):
+    with contextlib.closing(recorder), contextlib.closing(saver), contextlib.closing(profiler):
+        for share in recorder.timed(profiler.over(shares, first)):
             step, held_out_loss = share.step, None
             if share.targets:
                 lr = learning_rate(config, step)
@@ -91,6 +96,7 @@ def _train(job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int) -> None
                     held_out_loss = held_out.loss(engine)
                 recorder.record(step, result, lr, held_out_loss)
                 updates, asked = updates + result.applied, result.flag
+                integrity.explain(share, result)
                 watch.follow(step, result)
             else:
                 log.info("step %d: passed over", step)
@@ -98,7 +104,11 @@ def _train(job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int) -> None
             _inject_faults(recipe, run, rank, step, saver)
             if step == config.steps and not updates:
                 raise UserError("no step had anything to learn from: all of it is skipped, quarantined or lost")
-            if _due(step, config.checkpoint_every, config.steps) or asked:
+            saving = _due(step, config.checkpoint_every, config.steps) or asked
+            if config.check_every and (saving or step % config.check_every == 0):
+                with recorder.checking():  # what is committed has passed a check
+                    integrity.check(step)
+            if saving:
                 position = Position(
                     step=step,
                     updates=updates,
@@ -106,7 +116,7 @@ def _train(job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int) -> None
                     past=schedule.past(step),
                     watch=watch.state(),
                 )
-                with recorder.saving():
+                with recorder.saving(), labelled("checkpoint"):
                     engine.save(saver, position, held_out_loss)
             if asked:
                 break
@@ -182,6 +192,12 @@ def _ray_rank() -> int:
     return int(ray.train.get_context().get_world_rank())
 
 
+def _ray_node() -> str:
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
+
+
 class StopRequest:
     """Rank 0 looks for the run's stop request, once a second; the others learn of it on the step's collective."""
 
@@ -239,6 +255,13 @@ class Recorder:
             line |= {"held_out_loss": held_out_loss, "evaluation_s": self._started - now}
         if self._out:
             self._out.append(json.dumps(line))
+
+    @contextlib.contextmanager
+    def checking(self) -> Iterator[None]:
+        """Time of a check counts to no step."""
+        before = time.perf_counter()
+        yield
+        self._started += time.perf_counter() - before
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:

@@ -94,3 +94,10 @@ def test_behind_a_spike_the_run_goes_back_as_often_as_it_may() -> None:
 def test_the_error_of_a_step_names_it_in_another_process_too(error: StepFailed) -> None:
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), again.message, again.hint, again.step) == (type(error), "m", "h", 7)
+
+
+def test_a_corrupt_device_costs_restarts_until_they_run_out() -> None:
+    """The same verdict twice is no reason to stop: the next plan may do without the node."""
+    corrupt = [ending("corruption", resumed_from=20)] * 3
+    assert decide(corrupt, max_restarts=3).reason == "corruption: resume at step 20, 5 steps to repeat"
+    assert decide([*corrupt, corrupt[0]], max_restarts=3).action == "give_up"

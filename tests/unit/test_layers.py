@@ -31,6 +31,9 @@ ENGINE = (
     "spikes",
     "sample_losses",
     "watch",
+    "verdicts",
+    "integrity",
+    "profiling",
 )
 
 

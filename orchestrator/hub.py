@@ -6,8 +6,9 @@ import logging
 import re
 from pathlib import Path
 
-from orchestrator.config import ModelConfig, Recipe, is_hub_model
+from orchestrator.config import Recipe
 from orchestrator.errors import UserError
+from orchestrator.model_config import ModelConfig, is_hub_model
 from orchestrator.runs import run_of
 
 log = logging.getLogger(__name__)

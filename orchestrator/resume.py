@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator import storage
-from orchestrator.config import Recipe, TrainConfig
+from orchestrator.config import Recipe
 from orchestrator.data import inspection
 from orchestrator.data.encoding import end_of_document
 from orchestrator.data.exclusions import Exclusions, LostShard, Run
@@ -23,6 +23,7 @@ from orchestrator.runs import RunDir
 from orchestrator.train import checkpoints
 from orchestrator.train.checkpoints import Commit, Position
 from orchestrator.train.learning_rate import learning_rate
+from orchestrator.train_config import TrainConfig
 
 log = logging.getLogger(__name__)
 

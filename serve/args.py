@@ -14,7 +14,8 @@ from typing import Any, Self
 from pydantic import Field, ValidationError, model_validator
 
 from orchestrator import storage
-from orchestrator.config import Section, expand_path
+from orchestrator.config import expand_path
+from orchestrator.config_section import Section
 from orchestrator.errors import UserError
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from orchestrator import storage
-from orchestrator.config import Source
+from orchestrator.corpus_config import Source
 from orchestrator.data import compression, records
 from orchestrator.data.readers import Unreadable, code, markup, plain
 

@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 
 from orchestrator import storage
-from orchestrator.config import CorpusConfig
+from orchestrator.corpus_config import CorpusConfig
 from orchestrator.data import buckets, contamination, language, minhash, quality, steps
 from orchestrator.data.documents import STORAGE_FAILED, Document, Dropped, read_documents
 from orchestrator.data.layout import CorpusDir

@@ -13,7 +13,7 @@ import numpy as np
 import xxhash
 
 from orchestrator import storage
-from orchestrator.config import QualityConfig
+from orchestrator.corpus_config import QualityConfig
 from orchestrator.data import shards, spans, steps
 from orchestrator.data.duplicates import Duplicates
 from orchestrator.data.encoding import Encoder, load_encoder

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.config import QualityConfig
+from orchestrator.corpus_config import QualityConfig
 
 LONG_WORD = 200
 """Characters; no word of any language is longer, and neither are most links."""

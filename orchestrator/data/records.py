@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import IO, Any
 
-from orchestrator.config import Source
+from orchestrator.corpus_config import Source
 from orchestrator.data.readers import Unreadable, markup, s2orc
 
 MAX_LINE_BYTES = 32 * 2**20

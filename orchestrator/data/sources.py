@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import storage
-from orchestrator.config import CorpusConfig, Source, expand_path
+from orchestrator.config import expand_path
+from orchestrator.corpus_config import CorpusConfig, Source
 from orchestrator.data.documents import SPLITTABLE, is_known
 from orchestrator.errors import UserError
 

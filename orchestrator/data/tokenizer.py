@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config import Recipe, TokenizerConfig
+from orchestrator.config import Recipe
 from orchestrator.errors import UserError
 from orchestrator.hub import model_directory
+from orchestrator.model_config import TokenizerConfig
 
 # In this order, ids 0-22 (Taylor et al., "Galactica: A Large Language Model for Science", 2022, and its release).
 SPECIAL_TOKENS = (

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from orchestrator.config import ModelConfig
 from orchestrator.errors import UserError
+from orchestrator.model_config import ModelConfig
 
 Shape = tuple[int, ...]
 Values = dict[str, Any]

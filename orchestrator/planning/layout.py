@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from orchestrator.config import LayoutConfig, TrainConfig
 from orchestrator.errors import PlanError
 from orchestrator.planning.shape import ModelShape
+from orchestrator.train_config import LayoutConfig, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)

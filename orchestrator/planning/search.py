@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from orchestrator.accelerators import NodePool
-from orchestrator.config import Recipe, TrainConfig
+from orchestrator.config import Recipe
 from orchestrator.data.schedule import Role
 from orchestrator.errors import PlanError
 from orchestrator.planning.layout import Layout, layout_of, why_zero_stage
 from orchestrator.planning.memory import Memory, worker_memory
 from orchestrator.planning.shape import ModelShape
 from orchestrator.planning.throughput import PLATFORMS, step_time_s
+from orchestrator.train_config import TrainConfig
 
 MAX_LOSERS = 4
 _GIB = 2**30

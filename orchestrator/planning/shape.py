@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.config import ModelConfig, Recipe
+from orchestrator.config import Recipe
 from orchestrator.data.tokenizer import known_tokens
 from orchestrator.errors import UserError
 from orchestrator.hub import model_directory
+from orchestrator.model_config import ModelConfig
 from orchestrator.model_files import read_config
 from orchestrator.planning.families import config_values, kv_heads, parameter_shapes
 

@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 
 from orchestrator.accelerators import Accelerator
-from orchestrator.config import TrainConfig
 from orchestrator.data.schedule import Share
 from orchestrator.planning.search import Plan
 from orchestrator.train import checkpoints, pipeline, zero
@@ -26,6 +25,7 @@ from orchestrator.train.profiling import labelled
 from orchestrator.train.saver import Saver, Timing
 from orchestrator.train.stage import NOT_A_TARGET, Part, Stage, document_numbers
 from orchestrator.train.tensor_parallel import ALONE, TensorGroup
+from orchestrator.train_config import TrainConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from orchestrator.config import TrainConfig
+from orchestrator.train_config import TrainConfig
 
 DECAY_SHARE = 0.2
 """Of a run, for the decay of wsd (Haegele et al., "Scaling Laws and Compute-Optimal Training Beyond Fixed Training

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from orchestrator.config import ModelConfig, Recipe
+from orchestrator.config import Recipe
+from orchestrator.model_config import ModelConfig
 from orchestrator.planning.shape import model_values
 from orchestrator.train.fragments import Box
 

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from orchestrator import storage
-from orchestrator.config import SpikesConfig
 from orchestrator.data.order import Order
 from orchestrator.errors import LossSpike, NotFinite
 from orchestrator.runs import RunDir
 from orchestrator.train.sample_losses import SampleLosses, Samples, gathered, rank, unique
 from orchestrator.train.spikes import Detector, Spike, suspects
+from orchestrator.train_config import SpikesConfig
 
 log = logging.getLogger("terrane.worker")
 

@@ -15,9 +15,9 @@ import torch
 import xxhash
 
 from orchestrator import storage
-from orchestrator.config import ModelConfig
 from orchestrator.data.tokenizer import known_tokens
 from orchestrator.hub import model_directory
+from orchestrator.model_config import ModelConfig
 from orchestrator.model_files import HEAD, locate, read_config
 from orchestrator.planning.families import embedding_name, is_tied
 from orchestrator.train.checkpoints import Commit, step_directory

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config import QualityConfig, Source, load_recipe
+from orchestrator.config import load_recipe
+from orchestrator.corpus_config import QualityConfig, Source
 from orchestrator.data import documents, language, quality, steps
 from tests.conftest import ROOT, SHARED_DATA
 

@@ -25,7 +25,7 @@ import deepspeed  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from orchestrator.config import ModelConfig  # noqa: E402
+from orchestrator.model_config import ModelConfig  # noqa: E402
 from orchestrator.train import checkpoints, zero  # noqa: E402
 from orchestrator.train.checkpoints import Position, Retention  # noqa: E402
 from orchestrator.train.fragments import Box  # noqa: E402

@@ -16,7 +16,8 @@ from typing import Any
 import psutil
 import xxhash
 
-from orchestrator.config import QualityConfig, Recipe
+from orchestrator.config import Recipe
+from orchestrator.corpus_config import QualityConfig
 from orchestrator.data import pipeline, sources
 from orchestrator.data.manifest import Manifest
 from orchestrator.data.tasks import Progress

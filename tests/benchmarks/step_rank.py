@@ -21,11 +21,12 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from orchestrator.config import ModelConfig, TrainConfig  # noqa: E402
 from orchestrator.data.schedule import Share  # noqa: E402
+from orchestrator.model_config import ModelConfig  # noqa: E402
 from orchestrator.planning.search import Plan  # noqa: E402
 from orchestrator.train.engine import Engine  # noqa: E402
 from orchestrator.train.models import model_config  # noqa: E402
+from orchestrator.train_config import TrainConfig  # noqa: E402
 
 VOCAB, LENGTH, MICRO_BATCH, ACCUMULATION = 8192, 256, 2, 2
 MODEL = ModelConfig(layers=8, hidden_size=384, heads=6)

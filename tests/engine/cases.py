@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.config import TrainConfig
 from orchestrator.data.exclusions import Exclusions, LostShard, Run
 from orchestrator.data.order import Batches, Order, Pool, Stage
 from orchestrator.data.schedule import Role, Schedule, Share
 from orchestrator.train.fragments import Box
+from orchestrator.train_config import TrainConfig
 
 LENGTH, VOCAB, SAMPLES, FILLER = 32, 300, 64, 2
 POISON = VOCAB - 1

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.config import TrainConfig
 from orchestrator.data.schedule import Role
+from orchestrator.train_config import TrainConfig
 from tests.engine.cases import Case, share_of
 from tests.engine.launching import torchrun
 

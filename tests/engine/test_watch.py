@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from orchestrator import accelerators, storage
-from orchestrator.config import SpikesConfig
 from orchestrator.data import inspection
 from orchestrator.data.manifest import schedule
 from orchestrator.data.schedule import Role
@@ -21,6 +20,7 @@ from orchestrator.errors import LossSpike, NotFinite
 from orchestrator.runs import RunDir
 from orchestrator.train.sample_losses import SampleLosses
 from orchestrator.train.watch import Watch
+from orchestrator.train_config import SpikesConfig
 from tests.made_runs import manifest_of, recipe, root_of, run_at
 
 BATCH, WINDOW = 4, 8

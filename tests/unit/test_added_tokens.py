@@ -10,10 +10,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from orchestrator.config import Recipe, TokenizerConfig, load_recipe
+from orchestrator.config import Recipe, load_recipe
 from orchestrator.data import tokenizer as tokenizers
 from orchestrator.data.encoding import Encoder
 from orchestrator.errors import UserError
+from orchestrator.model_config import TokenizerConfig
 from orchestrator.planning.shape import model_shape
 from orchestrator.train.fragments import Box
 from orchestrator.train.models import build_model

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orchestrator.config import CorpusConfig, QualityConfig, Source
+from orchestrator.corpus_config import CorpusConfig, QualityConfig, Source
 from orchestrator.data import extraction, packing, sources
 from orchestrator.data import tokenizer as tokenizers
 from orchestrator.data.duplicates import PAIR, Duplicates, partitions

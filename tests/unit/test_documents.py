@@ -17,7 +17,7 @@ import zstandard
 from pyarrow import parquet
 
 from orchestrator import storage
-from orchestrator.config import Source
+from orchestrator.corpus_config import Source
 from orchestrator.data import documents
 from orchestrator.data.documents import Document, Dropped, read_documents
 from orchestrator.data.sources import list_source

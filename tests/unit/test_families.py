@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.config import ModelConfig, Recipe
+from orchestrator.config import Recipe
 from orchestrator.errors import UserError
+from orchestrator.model_config import ModelConfig
 from orchestrator.model_files import check_model, read_config
 from orchestrator.planning.families import GALACTICA, Values, config_values, gated_ffn_size, parameter_shapes
 from orchestrator.planning.shape import model_shape

@@ -18,9 +18,10 @@ from typing import Any
 import pytest
 
 from orchestrator import hub
-from orchestrator.config import ModelConfig, Recipe, load_recipe
+from orchestrator.config import Recipe, load_recipe
 from orchestrator.errors import UserError
 from orchestrator.hub import model_directory, pinned
+from orchestrator.model_config import ModelConfig
 from orchestrator.model_files import check_model
 from orchestrator.runs import open_run
 from tests.conftest import ROOT
@@ -153,7 +154,7 @@ def test_a_model_is_fetched_once_without_code_and_pickles(fake_hub: FakeHub, tmp
 
 FETCH = """
 import sys
-from orchestrator.config import ModelConfig
+from orchestrator.model_config import ModelConfig
 from orchestrator.hub import model_directory
 print(model_directory(ModelConfig(path=sys.argv[1], commit=sys.argv[2])))
 """

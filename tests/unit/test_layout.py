@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from orchestrator.accelerators import Node, NodePool
-from orchestrator.config import Recipe, TrainConfig
+from orchestrator.config import Recipe
 from orchestrator.errors import PlanError
 from orchestrator.planning.layout import Layout, layout_of
 from orchestrator.planning.memory import Memory, worker_memory
@@ -17,6 +17,7 @@ from orchestrator.planning.search import Plan, plan
 from orchestrator.planning.shape import ModelShape, model_shape
 from orchestrator.planning.throughput import PLATFORMS, step_time_s
 from orchestrator.stages import check_inputs
+from orchestrator.train_config import TrainConfig
 
 GIB = 2**30
 SHAPE = ModelShape(

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from orchestrator.config import TrainConfig
 from orchestrator.data.order import Batches, Order, Pool, Stage
 from orchestrator.train.learning_rate import learning_rate
+from orchestrator.train_config import TrainConfig
 
 DECAYING = ("linear", "cosine", "wsd")
 

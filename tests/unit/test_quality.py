@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from orchestrator.config import QualityConfig
+from orchestrator.corpus_config import QualityConfig
 from orchestrator.data import quality, steps
 from tests.conftest import SHARED_DATA
 from tests.languages import PARAGRAPHS

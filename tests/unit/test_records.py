@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from orchestrator.config import Source
+from orchestrator.corpus_config import Source
 from orchestrator.data import buckets, records
 from orchestrator.data.readers import Unreadable
 from orchestrator.data.texts import TextWriter, read_texts

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator import storage
-from orchestrator.config import Source
+from orchestrator.corpus_config import Source
 from orchestrator.data.sources import (
     MIN_UNIT_BYTES,
     SourceFile,

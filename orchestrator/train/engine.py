@@ -70,6 +70,7 @@ class Engine:
         self._document_end = document_end
         self._stage_number, self._data_rank, self._tensor_rank = plan.coordinates(dist.get_rank())
         self._pipelined = plan.pipeline_stages > 1
+        zero.attach(accelerator.backend)
         self._build(model)
         self._state.guard(self._judge)
         self._engine.optimizer.step = labelled("optimizer")(self._engine.optimizer.step)

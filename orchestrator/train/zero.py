@@ -24,6 +24,13 @@ _REFUSED = -1.0
 """What DeepSpeed takes for the norm of a gradient with NaN or Inf: it drops the update and cleans up."""
 
 
+def attach(backend: str) -> None:
+    """Let DeepSpeed use the process group that is there, whoever made it."""
+    import deepspeed
+
+    deepspeed.init_distributed(backend, verbose=False)
+
+
 def initialize(module: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], grid: Any) -> Any:
     """A DeepSpeed engine.
 

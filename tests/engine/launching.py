@@ -30,6 +30,6 @@ def torchrun(script: str, ranks: int, *arguments: str, deadline_s: float = DEADL
         except subprocess.TimeoutExpired:
             launched.terminate()  # it ends its ranks then, which it would leave behind if it were killed
             raise
-    assert launched.returncode == 0, out[-1000:] + errors[-3000:]
+    assert launched.returncode == 0, out[-1000:] + errors[-8000:]
     line = next(line for line in out.splitlines() if line.startswith("RESULTS"))
     return list(json.loads(line.removeprefix("RESULTS")))

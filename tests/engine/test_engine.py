@@ -247,7 +247,7 @@ OTHERS = [
 ASIDE = [loaded(saver, saver, step) for saver in SAVERS.values() for step in (SAVED, UNTRAINED)]
 PAIRS = [(saver, layout) for saver in SAVERS.values() for layout in (*SAVERS.values(), *OTHERS) if saver != layout]
 """Every kind of checkpoint in every other layout."""
-SOME = PAIRS[::3]
+SOME = PAIRS[::4]
 """Each layout and each kind of checkpoint several times."""
 
 

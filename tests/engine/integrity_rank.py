@@ -46,7 +46,7 @@ class Fault:
             torch.nn.functional.linear = self._wrong_linear
         if self.kind == "stuck bit" or (self.kind == "bit" and step == self.step):
             parameter = next(p for part, p in engine.stage.parts() if part.box.lengths == part.shape)
-            parameter.data.view(-1).view(torch.int32)[3] ^= 1
+            parameter.data.view(-1).view(torch.int32)[3] ^= 1 << 12  # lower ones may be rounded away by an update
         if self.kind == "poison":
             block = next(iter(engine.stage.blocks.values()))
             next(block.parameters()).register_hook(lambda gradient: gradient * torch.inf)
@@ -57,7 +57,7 @@ class Fault:
         if self.kind == "sometimes" and self.calls % 7 != 3:
             return output
         wrong = torch.zeros_like(output)
-        wrong.view(-1)[17] = 1.0
+        wrong.view(-1)[-15] = 1.0  # of the last token: the query of the first one has no effect
         return output + wrong
 
 

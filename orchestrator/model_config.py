@@ -31,6 +31,9 @@ def _settled_tokens(tokens: str | tuple[str, ...]) -> str | tuple[str, ...]:
     return tokens
 
 
+MOST_LAYERS = 10_000
+"""Of a model: each is counted one by one."""
+
 ModelPath = Annotated[str, Field(min_length=1), AfterValidator(_settled_model)]
 AddedTokens = Annotated[str, Field(min_length=1)] | tuple[Annotated[str, Field(min_length=1)], ...]
 
@@ -49,7 +52,7 @@ class ModelConfig(Section):
     architecture: Literal["galactica", "llama", "qwen2", "qwen3", "mistral"] = "galactica"
     """Decoder family. Galactica is an OPT with GeLU, no biases and learned positions; the others have rotary positions
     and gated feed-forward networks."""
-    layers: int = Field(default=12, ge=1)
+    layers: int = Field(default=12, ge=1, le=MOST_LAYERS)
     hidden_size: int = Field(default=768, ge=8)
     heads: int = Field(default=12, ge=1)
     kv_heads: Count | None = None

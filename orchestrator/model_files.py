@@ -6,13 +6,17 @@ A driver checks a model with them and neither loads it nor imports torch.
 from __future__ import annotations
 
 import json
+import math
 import struct
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import UserError
+from orchestrator.model_config import MOST_LAYERS
 from orchestrator.planning.families import FAMILIES, NEEDED, embedding_name, is_tied, parameter_shapes
 
 BASE_PREFIX = "model."
@@ -22,11 +26,16 @@ HEAD = "lm_head.weight"
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
-DTYPES = ("F32", "F16", "BF16")
-"""Of safetensors, that weights may be stored in."""
+DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
+"""Of safetensors, that weights may be stored in, with the bytes of an element."""
 
 BLOCK = 2**22
 """Bytes that are compared at a time."""
+
+_SIZES = tuple(
+    dict.fromkeys((*chain.from_iterable(NEEDED.values()), "max_position_embeddings", "head_dim", "word_embed_proj_dim"))
+)
+"""Keys of a config.json."""
 
 _NOT_PARAMETERS = (".rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias")
 """Buffers that older versions of Transformers stored beside the parameters."""
@@ -74,20 +83,30 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"model.path: {folder} has no config.json", "give a Hugging Face model directory")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"model.path: {file} is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"model.path: {file} is no configuration")
     values = _without_aquila(values)
     family = values.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         known = f"{', '.join(FAMILIES)} and aquila"
         raise UserError(f"model.path: {file} is of the family {family}", f"Terrane trains {known}")
     if missing := [key for key in NEEDED[family] if not isinstance(values.get(key), int)]:
         raise UserError(f"model.path: {file} has no {', '.join(missing)}", "is it the configuration of a whole model?")
+    _check_sizes(file, values)
     if values.get("quantization_config"):
         raise UserError(f"model.path: {folder} is quantized", "train the model that it was made from")
     return values
+
+
+def _check_sizes(file: Path, values: dict[str, Any]) -> None:
+    """See that the sizes of a config.json are such that its parameters can be counted."""
+    given = {key: values[key] for key in _SIZES if values.get(key) is not None}
+    for key, value in given.items():
+        most = MOST_LAYERS if key == "num_hidden_layers" else sys.maxsize
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise UserError(f"model.path: {file} has {key}={value!r}, which is no size of a model")
 
 
 def _without_aquila(values: dict[str, Any]) -> dict[str, Any]:
@@ -155,7 +174,7 @@ def _weight_files(folder: Path) -> list[Path]:
         return files
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"model.path: {index} is no index of safetensors files: {error!r}") from None
     files = [folder / Path(str(name)).name for name in names]
     for file in files:
@@ -171,19 +190,36 @@ def _header(file: Path) -> list[StoredTensor]:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > file.stat().st_size:
                 raise ValueError("its header is longer than the file")
-            header: dict[str, Any] = json.loads(stream.read(length))
+            header = json.loads(stream.read(length))
+        if not isinstance(header, dict):
+            raise ValueError("its header names no tensors")
         header.pop("__metadata__", None)
         found = [_tensor(file, name, tensor, 8 + length) for name, tensor in header.items()]
-        if max((tensor.stop for tensor in found), default=0) > file.stat().st_size:
-            raise ValueError("it is cut short")
+        _check_places(found, 8 + length, file.stat().st_size)
         return found
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except OSError as error:
+        raise UserError(f"model.path: {file} cannot be read: {error.strerror}", "download it again") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise UserError(f"model.path: {file} is no safetensors file: {error}", "is it a git-lfs pointer?") from None
+
+
+def _check_places(tensors: list[StoredTensor], first: int, last: int) -> None:
+    """See that tensors fill a file from one byte to another, as the safetensors library asks for in the workers."""
+    ordered = sorted(tensors, key=lambda tensor: (tensor.start, tensor.stop))
+    if max((tensor.stop for tensor in tensors), default=first) > last:
+        raise ValueError("it is cut short")
+    starts, stops = [tensor.start for tensor in ordered], [first, *(tensor.stop for tensor in ordered)]
+    if [*starts, last] != stops:
+        raise ValueError("its tensors do not follow each other")
 
 
 def _tensor(file: Path, name: str, header: dict[str, Any], base: int) -> StoredTensor:
     first, last = header["data_offsets"]
     shape = tuple(header["shape"])
+    if not all(type(number) is int and number >= 0 for number in (first, last, *shape)):
+        raise ValueError(f"{name} has no place or shape")
+    if header["dtype"] in DTYPES and last - first != math.prod(shape) * DTYPES[header["dtype"]]:
+        raise ValueError(f"{name} has another number of bytes than its shape and dtype need")
     return StoredTensor(file=file, name=name, shape=shape, dtype=header["dtype"], start=base + first, stop=base + last)
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 import torch
 
 from orchestrator.errors import UserError
+from orchestrator.model_files import read_config
 from orchestrator.train.fragments import Box
 from orchestrator.train.weights import DirectoryWeights, RandomWeights, Weights
 from tests.memory import peak_growth_mib
@@ -159,6 +163,77 @@ def test_a_file_that_was_cut_short_is_named(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-4])
     with pytest.raises(UserError, match="it is cut short"):
         DirectoryWeights(tmp_path, config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data_offsets": [-128, 0]}, "model.norm.weight has no place or shape"),
+        ({"data_offsets": [0.0, 128.0]}, "model.norm.weight has no place or shape"),
+        ({"shape": "32"}, "model.norm.weight has no place or shape"),
+        ({"data_offsets": [0, 8]}, "model.norm.weight has another number of bytes"),
+        ({"dtype": "F16"}, "model.norm.weight has another number of bytes"),
+        ({"data_offsets": [0, 128]}, "its tensors do not follow each other"),
+    ],
+)
+def test_a_header_that_lies_about_its_tensors_is_found_out(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    config = config_of("llama")
+    save(tmp_path, dict(model_of(config).named_parameters()))
+    rewrite_header(tmp_path / "model.safetensors", lambda header: header["model.norm.weight"].update(change))
+    with pytest.raises(UserError, match=message):
+        DirectoryWeights(tmp_path, config)
+
+
+@pytest.mark.parametrize("header", [b"null", b"[1]", b"[" * 100_000, b'{"a": 1}'])
+def test_a_header_that_is_no_header_is_told(header: bytes, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(UserError, match="is no safetensors file"):
+        DirectoryWeights(tmp_path, config_of("llama"))
+
+
+def rewrite_header(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    data = file.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
+def test_weights_that_cannot_be_read_are_told(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="cannot be read: No such file or directory"):
+        DirectoryWeights(tmp_path, config_of("llama"))
+    (tmp_path / "model.safetensors.index.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="is no index of safetensors files"):
+        DirectoryWeights(tmp_path, config_of("llama"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_hidden_layers": 0},
+        {"num_hidden_layers": 10**9},
+        {"num_attention_heads": 0},
+        {"num_key_value_heads": "2"},
+        {"hidden_size": True},
+        {"max_position_embeddings": "128"},
+        {"head_dim": [8]},
+    ],
+)
+def test_a_config_whose_sizes_are_none_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **FAMILIES["llama"], **change}))
+    with pytest.raises(UserError, match=f"{next(iter(change))}=.* is no size of a model"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(("text", "message"), [("[" * 100_000, "is not JSON"), ('{"model_type": []}', "of the family")])
+def test_a_config_that_is_none_is_told(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_config(tmp_path)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

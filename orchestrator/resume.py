@@ -105,7 +105,7 @@ def _check_rates(run: RunDir, config: TrainConfig, last: int) -> None:
 def _position(run: RunDir) -> Position | None:
     """Of the newest commit that can be read; one that cannot is set aside later, with those of damaged files."""
     for step in reversed(checkpoints.committed_steps(run.checkpoints)):
-        with contextlib.suppress(StorageError):
+        with contextlib.suppress(StorageError, FileNotFoundError):
             return checkpoints.read_commit(run.checkpoints, step).position
     return None
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -23,6 +24,8 @@ from orchestrator.runs import last_before_start_over
 
 COMMITTED = "COMMITTED"
 FORMAT = 4
+
+_STEP_DIRECTORY = re.compile(r"step-[0-9]{8,}", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +116,15 @@ def committed_steps(checkpoints: str) -> list[int]:
 
 def all_steps(checkpoints: str) -> list[int]:
     """Steps with a commit, in order, those from before the run began anew among them."""
-    found = [name.split("/") for name in storage.list_files(checkpoints)]
-    return sorted(int(parts[0].removeprefix("step-")) for parts in found if parts[1:] == [COMMITTED])
+    return sorted(step for step, name in _files_of_steps(checkpoints) if name == COMMITTED)
+
+
+def _files_of_steps(checkpoints: str) -> Iterator[tuple[int, str]]:
+    """(step, name below its directory) of every file; what others keep beside the steps, as copies, is passed over."""
+    for path in storage.list_files(checkpoints):
+        directory, _, name = path.partition("/")
+        if name and _STEP_DIRECTORY.fullmatch(directory):
+            yield int(directory.removeprefix("step-")), name
 
 
 def _attempt_of(checkpoints: str, step: int) -> float:
@@ -130,7 +140,7 @@ def _attempt_of(checkpoints: str, step: int) -> float:
 def read_commit(checkpoints: str, step: int) -> Commit:
     """
     Raises:
-        CheckpointDamaged: COMMITTED is not as it was written.
+        CheckpointDamaged: COMMITTED is not as it was written, or was written for another step.
         UserError: another version of Terrane wrote it.
     """
     uri = storage.join(step_directory(checkpoints, step), COMMITTED)
@@ -140,7 +150,10 @@ def read_commit(checkpoints: str, step: int) -> Commit:
             f"{uri} has format {values['format']}, and this version of Terrane reads {FORMAT}",
             "go on with the version that began the run, or begin anew with --start-over",
         )
-    return Commit(**{**values, "position": Position(**values["position"])})
+    commit = Commit(**{**values, "position": Position(**values["position"])})
+    if commit.step != step:
+        raise CheckpointDamaged(f"{uri} is of step {commit.step}")
+    return commit
 
 
 def damage(checkpoints: str, commit: Commit) -> str | None:
@@ -168,6 +181,8 @@ def newest(checkpoints: str, on_damage: Callable[[int, str], object] | None = No
         try:
             commit = read_commit(checkpoints, step)
             fault = damage(checkpoints, commit)
+        except FileNotFoundError:
+            continue  # deleted since it was listed, by an attempt that still commits
         except StorageError as error:
             fault = error.message
         if fault is None:
@@ -250,10 +265,9 @@ def retain(checkpoints: str, retention: Retention) -> None:
 def _abandoned(checkpoints: str, before: int) -> list[int]:
     """Steps before a committed one, which nobody can commit any more, that hold files and neither a commit nor one that
     was set aside."""
-    names = [name.split("/") for name in storage.list_files(checkpoints)]
-    held = {int(parts[0].removeprefix("step-")) for parts in names if len(parts) > 1}
-    marked = {int(parts[0].removeprefix("step-")) for parts in names if parts[-1].startswith(COMMITTED)}
-    return sorted(step for step in held - marked if step < before)
+    files = list(_files_of_steps(checkpoints))
+    marked = {step for step, name in files if name.startswith(COMMITTED)}
+    return sorted({step for step, _ in files if step < before} - marked)
 
 
 def sealed(commit: Commit) -> bytes:

@@ -153,6 +153,34 @@ def test_a_commit_that_cannot_be_read_is_set_aside(tmp_path: Path) -> None:
     assert "is damaged" in told[0]
 
 
+def test_copies_kept_beside_the_steps_are_passed_over(anywhere: str) -> None:
+    commit(anywhere, 5)
+    last = commit(anywhere, 10)
+    for name in ("step-00000010.bak", "backup", "step-x", "backup/step-00000020"):
+        storage.write(storage.join(anywhere, name, checkpoints.COMMITTED), checkpoints.sealed(last))
+        storage.write(storage.join(anywhere, name, "attempt-001", "__0_0.distcp"), b"state")
+    before = storage.list_files(anywhere)
+    assert checkpoints.committed_steps(anywhere) == [5, 10]
+    checkpoints.retain(anywhere, Retention(last=2))
+    assert storage.list_files(anywhere) == before
+
+
+def test_a_commit_of_another_step_is_set_aside(anywhere: str) -> None:
+    kept = commit(anywhere, 5)
+    data = checkpoints.sealed(kept)
+    storage.write(storage.join(checkpoints.step_directory(anywhere, 99), checkpoints.COMMITTED), data)
+    told: list[tuple[int, str]] = []
+    assert checkpoints.newest(anywhere, lambda step, what: told.append((step, what))) == kept
+    assert told[0][0] == 99 and told[0][1].endswith("is of step 5")
+    assert checkpoints.committed_steps(anywhere) == [5], "step 6 can be committed"
+
+
+def test_a_commit_that_goes_while_it_is_read_is_passed_over(anywhere: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = commit(anywhere, 5)
+    monkeypatch.setattr(checkpoints, "committed_steps", lambda root: [5, 10])
+    assert checkpoints.newest(anywhere) == kept
+
+
 def test_a_driver_that_fell_behind_cannot_commit(anywhere: str) -> None:
     late = commit(anywhere, 5, attempt=2)
     storage.delete(storage.join(checkpoints.step_directory(anywhere, 5), checkpoints.COMMITTED))

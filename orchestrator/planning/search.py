@@ -249,6 +249,13 @@ def _no_plan(train: TrainConfig, pools: list[NodePool], rejected: list[_Rejected
             f"train.workers.max={train.workers.max} is less than the {replica} devices of one replica",
             f"set train.workers={replica} or more",
         )
+    if train.workers.max < fewest:
+        asked = f"train.workers={train.workers.min}" if train.workers.min == train.workers.max else "train.workers"
+        below = train.workers.max // replica * replica
+        return PlanError(
+            f"{asked} leaves no number of workers that is a multiple of the {replica} devices of one replica",
+            f"set train.workers={below} or {fewest}",
+        )
     if not rejected:
         return PlanError(
             f"train.workers.min={train.workers.min} is more than train.global_batch_size={train.global_batch_size} "

@@ -204,6 +204,13 @@ def test_workers_are_a_multiple_of_a_replica() -> None:
     assert [planned(cpu_pool(n), {"pipeline_stages": 3}).workers for n in (3, 5, 6, 8)] == [3, 3, 6, 6]
 
 
+@pytest.mark.parametrize(("workers", "hint"), [(3, "2 or 4"), ({"min": 5, "max": 5}, "4 or 6")])
+def test_workers_that_are_no_multiple_of_a_replica_are_refused_as_such(workers: Any, hint: str) -> None:
+    with pytest.raises(PlanError, match="no number of workers that is a multiple of the 2 devices") as caught:
+        planned(cpu_pool(8), {"tensor_parallel": 2}, workers=workers)
+    assert caught.value.hint == f"set train.workers={hint}"
+
+
 def test_tensor_parallel_ranks_share_a_node() -> None:
     assert planned(cpu_pool(3, 3), {"tensor_parallel": 2}).workers == 4
     with pytest.raises(PlanError, match=r"needs 4 devices, 4 a replica \(tensor_parallel=4"):

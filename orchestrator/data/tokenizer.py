@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -162,6 +163,12 @@ def check_directory(path: str) -> None:
             f"{path} has no tokenizer (tokenizer.json)",
             "save one there with AutoTokenizer.from_pretrained(...).save_pretrained(...), or set tokenizer.path",
         )
+    settings = Path(path) / "tokenizer_config.json"
+    try:
+        if settings.is_file() and not isinstance(json.loads(settings.read_text(encoding="utf-8")), dict):
+            raise ValueError("it names no settings")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{settings} is damaged: {error}", "download it again") from None
 
 
 def vocabulary_size(path: str, added: Iterable[str] = ()) -> int:

@@ -413,3 +413,12 @@ def test_an_encoder_needs_neither_transformers_nor_torch(directory: Path) -> Non
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("settings", ["{", "[]", "[" * 100_000, "\0"])
+def test_settings_of_a_tokenizer_that_are_damaged_are_told(settings: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    tokenizers.check_directory(str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text(settings)
+    with pytest.raises(UserError, match=r"tokenizer_config\.json is damaged"):
+        tokenizers.check_directory(str(tmp_path))

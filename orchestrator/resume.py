@@ -97,7 +97,7 @@ def _check_rates(run: RunDir, config: TrainConfig, last: int) -> None:
             )
             raise UserError(
                 f"{run.uri} is at step {last}, and with another {changed} the learning rates of its steps would "
-                f"change: step {step} had {was:.4g}, and would have {now:.4g}",
+                f"change: step {step} had {was:.10g}, and would have {now:.10g}",
                 "take it back, or begin anew with --start-over; train.schedule=wsd can be made longer before its decay",
             )
 

@@ -119,6 +119,8 @@ def supervise(run: RunDir, recipe: Recipe, on_step: Callable[[dict[str, Any]], N
             raise RunFailed(f"attempt {attempt} ended: {_first_line(ending.message)}; {decision.reason}", hint)
         if decision.action == "restart":
             log.warning("attempt %d: %s", attempt, decision.reason)
+            if ending.outcome == "error":
+                log.warning("attempt %d ended with %s", attempt, _first_line(ending.message))
             if ending.outcome == "spike":
                 rollback.roll_back(run, recipe, attempt, ending.failed_step)
 

@@ -48,6 +48,11 @@ class LayoutConfig(Section):
     recompute: bool = False
     """Keep only the inputs of decoder blocks for the backward pass, and compute the rest again."""
 
+    @property
+    def devices(self) -> int:
+        """Of one replica of the model."""
+        return self.tensor_parallel * self.pipeline_stages
+
 
 class SpikesConfig(Section):
     """A step whose loss or gradient norm jumps: how it is known, and what becomes of it."""

@@ -130,6 +130,8 @@ def plan(recipe: Recipe, shape: ModelShape, pools: list[NodePool]) -> Plan:
 def _layouts(train: TrainConfig, shape: ModelShape, pool: NodePool, single: bool) -> Iterator[Plan | _Rejected]:
     dtype = choose_dtype(train.dtype, pool)
     layout = layout_of(train, shape, dtype)
+    if train.attention == "flash_attention_2" and pool.accelerator == "cpu":
+        raise PlanError(f"train.attention=flash_attention_2 is not for {pool}", "use train.attention=sdpa")
     devices = _devices(train, pool)
     fewest = math.ceil(train.workers.min / layout.devices)
     for replicas in range(fewest, min(min(train.workers.max, devices) // layout.devices, train.global_batch_size) + 1):
@@ -224,20 +226,21 @@ def choose_dtype(asked: str, pool: NodePool) -> str:
 
 
 def _name(plan: Plan) -> str:
-    return f"{plan.workers} x {plan.accelerator}, micro-batch {plan.micro_batch_size} x {plan.accumulation}"
+    layout = f"{plan.workers} x {plan.accelerator}, {plan.layout}"
+    return f"{layout}, micro-batch {plan.micro_batch_size} x {plan.accumulation}"
 
 
 def _no_plan(train: TrainConfig, pools: list[NodePool], rejected: list[_Rejected]) -> PlanError:
-    replica = train.layout.tensor_parallel * train.layout.pipeline_stages
+    replica = train.layout.devices
     fewest = math.ceil(train.workers.min / replica) * replica
     most = max(_devices(train, pool) for pool in pools) // replica * replica
-    found = ", ".join(f"{pool}: {_devices(train, pool)}" for pool in pools)
+    found = ", ".join(f"{pool}: {pool.devices(train.cpus_per_worker)}" for pool in pools)
     if most < fewest:
         if replica > 1:
             return PlanError(
                 f"train.layout needs {fewest} devices, {replica} a replica (tensor_parallel="
                 f"{train.layout.tensor_parallel}, pipeline_stages={train.layout.pipeline_stages}), and no pool has as "
-                f"many ({found})",
+                f"many ({found}); those that share tensors share a node",
                 "lower them, lower train.workers, or add nodes",
             )
         return PlanError(
@@ -263,5 +266,16 @@ def _no_plan(train: TrainConfig, pools: list[NodePool], rejected: list[_Rejected
             "a replica needs at least one sequence a step",
         )
     nearest = min(rejected, key=lambda r: r.memory_bytes)
-    hint = "use more devices, a smaller model or shorter sequences"
-    return PlanError(f"no layout fits; the nearest is {nearest.layout}: {nearest.why}", hint)
+    return PlanError(f"no layout fits; the nearest is {nearest.layout}: {nearest.why}", _memory_hint(train))
+
+
+def _memory_hint(train: TrainConfig) -> str:
+    layout, untried = train.layout, []
+    if not layout.recompute:
+        untried.append("recompute: true")
+    if layout.zero_stage != 3 and layout.pipeline_stages == 1:
+        untried.append("zero_stage: 3")
+    if layout.devices == 1:
+        untried.append("pipeline_stages or tensor_parallel")
+    tried = f"try train.layout with {', then '.join(untried)}; or " if untried else ""
+    return f"{tried}use more devices, a smaller model or shorter sequences"

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import socket
-import struct
 import subprocess
 from pathlib import Path
 
@@ -53,13 +52,13 @@ def test_an_empty_corpus_is_refused_with_the_reasons(tmp_path: Path) -> None:
 
 
 def test_a_model_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    model.mkdir()
-    shape = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "vocab_size": 10}
-    (model / "config.json").write_text(json.dumps(shape))
-    header = b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'
-    (model / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 4)
-    said = refused("run", RECIPE, f"storage={tmp_path}/runs", f"model={{path: {model}}}", "tokenizer={}")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    said = refused("run", RECIPE, f"storage={tmp_path}/runs", f"model={{path: {tmp_path}/model}}", "tokenizer={}")
     assert "has no tokenizer" in said
 
 

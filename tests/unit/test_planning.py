@@ -110,6 +110,21 @@ def test_a_precision_that_no_device_computes_in_is_refused() -> None:
         plan(recipe(dtype="bf16"), SMALL, [pool("cuda", gpus=2, bf16=False)])
 
 
+def test_flash_attention_is_refused_on_cpus() -> None:
+    with pytest.raises(PlanError, match=r"attention=flash_attention_2 is not for 1 cpu node"):
+        plan(recipe(attention="flash_attention_2", dtype="bf16"), SMALL, [pool()])
+
+
+def test_what_may_help_against_a_lack_of_memory_is_named() -> None:
+    def hint(**layout: Any) -> str:
+        with pytest.raises(PlanError) as caught:
+            plan(recipe(layout=layout), LARGE, [pool(nodes=2, gib=1)])
+        return caught.value.hint
+
+    assert hint().startswith("try train.layout with recompute: true, then zero_stage: 3, then pipeline_stages or")
+    assert hint(recompute=True, pipeline_stages=2).startswith("use more devices")
+
+
 def test_zero_splits_the_states_and_not_the_weights() -> None:
     def memory(ranks: int) -> Any:
         return worker_memory(

@@ -214,6 +214,10 @@ def corpus(
             metavar="STEP[:RANK[:SLOT]]|SAMPLE", help="name the documents of a run's step, or of a corpus's sample"
         ),
     ] = None,
+    suspects: Annotated[
+        int | None,
+        typer.Option(metavar="STEP", help="judge the documents behind a loss spike with the checkpoint before it"),
+    ] = None,
     dropped: Annotated[
         str | None, typer.Option(help="list documents that were dropped for this reason, or all")
     ] = None,
@@ -228,6 +232,11 @@ def corpus(
         passages = corpora.trace(found, trace)
         lines = [corpora.passage_line(passage) for passage in passages]
         rows: Any = passages
+    elif suspects is not None:
+        judged = corpora.suspects(found, suspects)
+        lines = [f"judged with the checkpoint of step {judged['checkpoint']}"]
+        lines += [f"z {d['z']:7.1f}  loss {d['loss']:7.3f}  {d['document']}" for d in judged["documents"]]
+        rows = judged
     elif dropped is not None:
         documents = corpora.dropped(found, dropped, limit)
         lines = [f"{d.reason:24}  {d.id}{f'  = {d.of}' if d.of else ''}" for d in documents]

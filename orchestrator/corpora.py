@@ -242,6 +242,22 @@ def _slots(sequences: int, shares: tuple[int, ...]) -> list[tuple[int | None, in
     return [(rank, place) for rank, (first, end) in enumerate(bounds) for place in range(end - first)]
 
 
+def suspects(corpus: Corpus, step: int) -> dict[str, Any]:
+    """The documents behind a loss spike of a run, the worst first, and the checkpoint that they are judged with.
+
+    Raises:
+        UserError: it is no run, there was no spike at the step, or no checkpoint from before it is left.
+    """
+    from orchestrator.accelerators import local_accelerator
+    from orchestrator.evaluation.suspects import judge
+
+    if corpus.recipe is None:
+        raise UserError(f"--suspects {step}: a corpus has no loss spikes; they are a run's", "give the run")
+    run = RunDir(corpus.uri.rpartition("/")[0])
+    checkpoint, found = judge(run, corpus.manifest, step, local_accelerator().torch_device)
+    return {"step": step, "checkpoint": checkpoint, "documents": [vars(document) for document in found]}
+
+
 def dropped(corpus: Corpus, reason: str, limit: int) -> list[inspection.DroppedDocument]:
     """The first documents that were dropped for a reason; `all` for any.
 

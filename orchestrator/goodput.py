@@ -6,8 +6,10 @@ Pure: the event log and the metric lines in, rows out. Fields that are absent th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
+
+from orchestrator.planning.layout import Layout
 
 _ENDED_WELL = (None, "finished", "stopped")
 
@@ -16,7 +18,8 @@ _ENDED_WELL = (None, "finished", "stopped")
 class AttemptRow:
     number: int
     workers: int | None
-    zero_stage: int | None
+    layout: str | None
+    """As planned, with the precision."""
     first_step: int | None
     last_step: int | None
     outcome: str | None
@@ -48,7 +51,7 @@ def attempt_rows(events: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[
         row = AttemptRow(
             number=number,
             workers=known.get("attempt_started", {}).get("workers") or _workers(plan),
-            zero_stage=plan.get("zero_stage"),
+            layout=_layout(plan),
             first_step=first,
             last_step=last,
             outcome=known.get("attempt_ended", {}).get("outcome"),
@@ -65,6 +68,13 @@ def _workers(plan: Mapping[str, Any]) -> int | None:
     if "data_parallel" not in plan:
         return None
     return int(plan["data_parallel"] * plan.get("pipeline_stages", 1) * plan.get("tensor_parallel", 1))
+
+
+def _layout(plan: Mapping[str, Any]) -> str | None:
+    known = {key.name: plan[key.name] for key in fields(Layout) if key.name in plan}
+    if len(known) < len(fields(Layout)):  # of a version that knew fewer
+        return f"ZeRO-{plan['zero_stage']}" if "zero_stage" in plan else None
+    return f"{Layout(**known)}, {plan['dtype']}"
 
 
 def _steps_covered(

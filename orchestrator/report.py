@@ -258,14 +258,14 @@ def _attempts(content: Content) -> Section:
         batch = f"{as_text(plan.get('micro_batch_size'))} × {as_text(plan.get('accumulation'))}"
         steps = None if row.first_step is None else f"{as_text(row.first_step)}–{as_text(row.last_step)}"
         outcome, recovery = _words(row.outcome or "no end recorded"), _duration(row.recovery_s)
-        rows.append((row.number, row.workers, row.zero_stage, batch, steps, outcome, recovery, row.steps_repeated))
+        rows.append((row.number, row.workers, row.layout, batch, steps, outcome, recovery, row.steps_repeated))
         decision = f"{_words(decided['action'])}: {decided.get('reason')}" if decided.get("action") else None
         texts = (planned.get("reason") or plan.get("reason"), ended.get("message"), decision)
         reasons.append((row.number, *map(_clip, texts)))
-    headers = ("#", "workers", "ZeRO", "micro-batch × acc.", "steps", "ended", "recovery", "repeated")
+    headers = ("#", "workers", "layout", "micro-batch × acc.", "steps", "ended", "recovery", "repeated")
     note = "Recovery runs from the failure before an attempt to its first step."
     why = Table("rlll", ("#", "planned", "ended with", "decided"), reasons)
-    return "Attempts", [Table("rrrrrlrr", headers, rows), note, why]
+    return "Attempts", [Table("rrlrrlrr", headers, rows), note, why]
 
 
 def _perplexity(content: Content) -> Section:

@@ -71,9 +71,10 @@ def describe(summary: dict[str, Any]) -> str:
     for row in summary["attempts"]:
         repeated = f", {row['steps_repeated']} steps repeated" if row["steps_repeated"] else ""
         recovered = f", recovered in {row['recovery_s']:.1f} s" if row["recovery_s"] else ""
-        steps = f"steps {row['first_step']}-{row['last_step']}"
+        steps = f"steps {row['first_step']}-{row['last_step']}" if row["first_step"] else "no step"
         state = row["outcome"] or "no end recorded"
-        out.append(f"  attempt {row['number']:<4} {row['workers']} workers, {steps}, {state}{repeated}{recovered}")
+        how = f"{row['workers']} workers ({row['layout']})" if row["layout"] else f"{row['workers']} workers"
+        out.append(f"  attempt {row['number']:<4} {how}, {steps}, {state}{repeated}{recovered}")
     for spike in summary["spikes"]:
         suspected = f", suspected {', '.join(spike['documents'])}" if spike["documents"] else ""
         scores = f"z {spike['loss_z']:.1f}, of the gradient norm {spike['norm_z']:.1f}"

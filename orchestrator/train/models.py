@@ -30,14 +30,19 @@ def build_model(config: ModelConfig, *, vocab_size: int, sequence_length: int, s
     Args:
         vocab_size: of the tokenizer; what the model at `model.path` does not embed of it begins as the mean.
     """
-    from transformers import AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
-
     from orchestrator.train.weights import open_weights
 
     weights = open_weights(config, vocab_size, sequence_length, seed)
+    return filled(model_config(config, vocab_size, sequence_length), weights, dtype)
+
+
+def filled(config: Any, weights: Any, dtype: torch.dtype) -> Any:
+    """A whole model, with weights (orchestrator.train.weights)."""
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
     with no_init_weights():
-        model = AutoModelForCausalLM.from_config(model_config(config, vocab_size, sequence_length), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -113,7 +113,7 @@ def _above(value: float, past: np.ndarray, recent: int, floor: float) -> float:
     return (value - median) / max(deviation, floor * abs(median), 1e-12)
 
 
-def _scores(values: np.ndarray, floor: float) -> np.ndarray:
+def robust_scores(values: np.ndarray, floor: float) -> np.ndarray:
     """How far each of some values lies above them all, like values."""
     median = np.median(values)
     deviation = _MAD_OF_NORMAL * np.median(np.abs(values - median))
@@ -135,7 +135,7 @@ def suspects(steps: np.ndarray, samples: np.ndarray, losses: np.ndarray, thresho
     for step in np.unique(steps):
         here = np.flatnonzero((steps == step) & np.isfinite(losses))
         if len(here):
-            scores[here] = _scores(losses[here], SAMPLE_FLOOR)
+            scores[here] = robust_scores(losses[here], SAMPLE_FLOOR)
     worst = [place for place in np.argsort(-scores, kind="stable") if scores[place] >= threshold][:most]
     return [
         Suspect(sample=int(samples[n]), step=int(steps[n]), loss=float(losses[n]), z=float(scores[n])) for n in worst

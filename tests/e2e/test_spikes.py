@@ -189,5 +189,12 @@ def test_behind_the_spike_training_goes_on_without_the_document(
     assert "passed over" in terrane("status", run.uri).stdout
     terrane("report", run.uri)
     assert GARBAGE in Path(run.report_markdown).read_text().replace("\\", "")
+    judged = json.loads(terrane("corpus", run.uri, "--suspects", str(first), "--json").stdout)
+    assert judged["checkpoint"] < first - 2
+    worst, *others = judged["documents"]
+    assert worst["document"] == GARBAGE, "also where a sample holds it beside others"
+    assert worst["z"] > 6 > max([document["z"] for document in others if document["document"] != GARBAGE], default=0)
+    refused = terrane("corpus", run.uri, "--suspects", "1", check=False)
+    assert (refused.returncode, f"steps with one: {first}" in refused.stderr) == (2, True)
     again = launch(recipe, Path(run.uri).parent, f"train.seed={seed}", "train.spikes.action=rollback")
     assert "train: done before, skipped" in again.stderr

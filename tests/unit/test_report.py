@@ -196,7 +196,7 @@ class Elements(HTMLParser):
 
 def test_rows_tell_steps_outcome_repeats_and_recovery(finished: RunDir) -> None:
     first, second, third = attempt_rows(finished.events(), finished.metric_lines())
-    assert (first.workers, first.zero_stage, first.first_step, first.last_step) == (4, 2, 1, 27)
+    assert (first.workers, first.layout, first.first_step, first.last_step) == (4, "ZeRO-2", 1, 27)
     assert (first.outcome, first.failed, first.steps_repeated, first.recovery_s) == ("worker_lost", True, 0, None)
     assert (second.first_step, second.last_step, second.outcome, second.steps_repeated) == (
         None,
@@ -260,7 +260,7 @@ def test_steps_are_counted_as_repeated_against_the_furthest_earlier_attempt() ->
 def test_rows_of_nothing_and_of_bare_events() -> None:
     assert attempt_rows([], []) == []
     (row,) = attempt_rows([{"event": "planned", "attempt": 1, "plan": {"data_parallel": 4, "pipeline_stages": 2}}], [])
-    assert (row.workers, row.zero_stage, row.first_step, row.outcome, row.failed) == (8, None, None, None, False)
+    assert (row.workers, row.layout, row.first_step, row.outcome, row.failed) == (8, None, None, None, False)
 
 
 # --- report -----------------------------------------------------------------------------------------------------------
@@ -423,3 +423,10 @@ def test_page_of_a_hundred_thousand_steps_stays_small(run: RunDir) -> None:
     lines = (f'{{"step": {step}, "loss": {3 + (step * 7919 % 1000) / 1000}}}\n' for step in range(100_000))
     storage.write(run.metrics(1), "".join(lines).encode())
     assert len(pages(run)[0]) < 1_500_000
+
+
+def test_the_layout_of_each_attempt_is_told() -> None:
+    plan = {"tensor_parallel": 2, "pipeline_stages": 2, "layers_per_stage": [1, 3], "zero_stage": 1, "dtype": "bf16"}
+    plan |= {"offload": False, "recompute": True, "data_parallel": 1}
+    (row,) = attempt_rows([{"event": "planned", "attempt": 1, "plan": plan}], [])
+    assert (row.workers, row.layout) == (4, "ZeRO-1, tensor parallel 2, 2 stages of 1+3 layers, recompute, bf16")

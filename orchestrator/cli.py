@@ -61,8 +61,9 @@ def guarded(call: Callable[[], Any]) -> int:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
         place = f" {error.filename}" if error.filename else ""
+        hint = "make it writable" if error.errno == errno.EROFS else "make room"
         print_error(
-            StorageError(f"cannot write{place}: {os.strerror(error.errno)}", "make room; the same command goes on")
+            StorageError(f"cannot write{place}: {os.strerror(error.errno)}", f"{hint}; the same command goes on")
         )
         return StorageError.exit_code
     except KeyboardInterrupt:

@@ -34,7 +34,6 @@ def roll_back(run: RunDir, recipe: Recipe, attempt: int, step: int) -> Rollback:
     run.write_json(run.rollback(attempt), vars(found))
     finish(run)
     documents = quarantined_by(run, attempt)
-    run.log_event("rolled_back", **vars(found), quarantined=documents)
     log.warning(
         "loss spike at step %d: back to step %d; steps %d to %d are passed over", step, found.back_to, *passed(found)
     )
@@ -44,11 +43,16 @@ def roll_back(run: RunDir, recipe: Recipe, attempt: int, step: int) -> Rollback:
 
 
 def finish(run: RunDir) -> None:
-    """Set aside the checkpoints that the run went back behind, where that was not done to its end."""
-    for found in rollbacks(run):
+    """Set aside the checkpoints that the run went back behind, and record that it did, where that was not done to its
+    end."""
+    backs = rollbacks(run)
+    recorded = {event["attempt"] for event in run.events() if event["event"] == "rolled_back"} if backs else set()
+    for found in backs:
         for step in checkpoints.committed_steps(run.checkpoints):
             if step > found.back_to and _attempt_of(run, step) <= found.attempt:
                 checkpoints.set_aside(run.checkpoints, step, "rolled-back")
+        if found.attempt not in recorded:
+            run.log_event("rolled_back", **vars(found), quarantined=quarantined_by(run, found.attempt))
 
 
 def _attempt_of(run: RunDir, step: int) -> float:

@@ -71,7 +71,7 @@ def describe(summary: dict[str, Any]) -> str:
     for row in summary["attempts"]:
         repeated = f", {row['steps_repeated']} steps repeated" if row["steps_repeated"] else ""
         recovered = f", recovered in {row['recovery_s']:.1f} s" if row["recovery_s"] else ""
-        steps = f"steps {row['first_step']}-{row['last_step']}" if row["first_step"] else "no step"
+        steps = f"steps {row['first_step']}-{row['last_step']}" if row["last_step"] is not None else "no step yet"
         state = row["outcome"] or "no end recorded"
         how = f"{row['workers']} workers ({row['layout']})" if row["layout"] else f"{row['workers']} workers"
         out.append(f"  attempt {row['number']:<4} {how}, {steps}, {state}{repeated}{recovered}")

@@ -155,6 +155,11 @@ class TrainConfig(Section):
                 raise ValueError(f"skip_steps [{first}, {last}] is no range of steps up to steps={self.steps}")
         if self.keep_best and not self.evaluate_every:
             raise ValueError("keep_best goes by the held-out loss: give evaluate_every")
+        if self.keep_best and self.evaluate_every and self.evaluate_every % self.checkpoint_every:
+            raise ValueError(
+                "keep_best needs a checkpoint where the held-out loss is taken: "
+                f"evaluate_every={self.evaluate_every} is no multiple of checkpoint_every={self.checkpoint_every}"
+            )
         if self.profile and not self.profile[0] <= self.profile[1] <= self.steps:
             raise ValueError(f"profile {list(self.profile)} is no range of steps up to steps={self.steps}")
         covered = 0

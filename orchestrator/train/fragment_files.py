@@ -197,13 +197,19 @@ class _Hashed:
         self.length = 0
         self.raw: int | None = None
         """Where the elements of a large tensor lie: torch.save writes them in one piece."""
+        self.error: OSError | None = None
+        """What a write has failed with: torch.save ends with a complaint of its own about it."""
 
     def write(self, data: Any) -> int:
         if len(data) == self._raw_bytes:
             self.raw = self.length
         self._digest.update(data)
         self.length += len(data)
-        return self._file.write(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         """Nothing to do: the whole file is made durable at its end."""
@@ -216,7 +222,10 @@ def _write_item(file: IO[bytes], name: str, item: WriteItem, planner: SavePlanne
     tensor = cast(torch.Tensor, planner.resolve_data(item))
     offset, hashed = file.tell(), _Hashed(file, tensor.nbytes)
     with serialization.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]
-        torch.save(tensor, cast(IO[bytes], hashed))
+        try:
+            torch.save(tensor, cast(IO[bytes], hashed))
+        except RuntimeError as error:
+            raise hashed.error or error from None
     where = _StorageInfo(name, offset, hashed.length)
     # These are pickled with the rest; torch's own reader does not look at them.
     vars(where)[XXH3] = hashed.hexdigest()

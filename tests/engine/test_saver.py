@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +23,7 @@ from orchestrator.errors import CheckpointDamaged, RunFailed, StorageError
 from orchestrator.train import checkpoints
 from orchestrator.train.checkpoints import Commit, Retention
 from orchestrator.train.fragments import MOMENTS, PARAM, Box, Fragment
-from orchestrator.train.saver import HostMemory, Saver, Timing
+from orchestrator.train.saver import HostMemory, SaveFailed, Saver, Timing
 from tests.engine import save_kills
 from tests.engine.save_kills import SHAPES, WORLD, fragments, loaded, position, value
 
@@ -212,6 +217,24 @@ def test_a_save_that_fails_is_told_at_the_next_poll_and_at_the_next_save(tmp_pat
         with pytest.raises(StorageError, match="has been replaced"):
             call()
     assert checkpoints.committed_steps(str(tmp_path)) == [2]
+
+
+def test_a_full_disk_is_told_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Disk(io.BytesIO):
+        """With room for what is small."""
+
+        def write(self, data: Any) -> int:
+            if len(data) > 2**16:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(data)
+
+    path = SimpleNamespace(open=lambda mode: Disk())
+    monkeypatch.setattr(storage, "writing", lambda uri: contextlib.nullcontext(path))
+    saver = Saver(str(tmp_path), 1, Retention(last=1), lambda commit, timing: None)
+    shape = (2**18,)
+    saver.save(position(1), [Fragment("weight", shape, Box.whole(shape), {PARAM: torch.ones(shape)})])
+    with pytest.raises(SaveFailed, match="No space left on device"):
+        saver.wait()
 
 
 def test_a_follow_up_that_fails_is_told(tmp_path: Path) -> None:

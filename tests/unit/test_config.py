@@ -108,6 +108,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ("serving.min_replicas=5", "min_replicas=5 is more than max_replicas=1"),
         ("name=a/b", "name"),
         ("train.keep_best=true", "keep_best goes by the held-out loss: give evaluate_every"),
+        ("train={steps: 9, lr: 1, keep_best: true, evaluate_every: 5, checkpoint_every: 3}", "5 is no multiple of"),
         ("train.spikes={window: 4}", "train.spikes.window"),
         ("corpus.languages=[english]", "corpus.languages.0"),
         ("corpus.quality.max_digit_share=40", "corpus.quality.max_digit_share"),

@@ -107,6 +107,8 @@ def test_going_back_holds_from_its_first_write_on(run: RunDir, monkeypatch: pyte
     rollback.finish(run)
     resume.check_past(run, recipe(root_of(run), **JUMP))
     assert checkpoints.committed_steps(run.checkpoints) == [4]
+    (event,) = [event for event in run.events() if event["event"] == "rolled_back"]
+    assert (event["step"], event["back_to"], event["quarantined"]) == (9, 4, ["a/d3"])
 
 
 def test_a_mixture_of_stages_says_which_one_a_step_is_of(run: RunDir) -> None:

@@ -67,6 +67,12 @@ def test_status_names_suspects(run: RunDir) -> None:
     assert [event["step"] for event in run.events() if event["event"] == "corruption"] == [7, 7]
 
 
+def test_status_tells_of_an_attempt_without_a_step(run: RunDir) -> None:
+    train(run, recipe(root_of(run)), 1, 5)
+    run.log_event("attempt_started", attempt=2, workers=3, resume_step=5)
+    assert "attempt 2    3 workers, no step yet, no end recorded" in describe(summarize(run))
+
+
 def test_the_error_keeps_its_suspects_between_processes() -> None:
     error = corruption("node-1")
     again = pickle.loads(pickle.dumps(error))

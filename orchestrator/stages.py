@@ -58,7 +58,7 @@ def run_recipe(
     run = run_of(recipe)
     with ExitStack() as stack:
         stack.callback(console.close)
-        session = _Session(run, recipe, files, console, stack, address)
+        session = _Session(run, recipe, files, console, stack, address, trains="train" in stages)
         if start_over:
             session.connect()  # a plan that fits nowhere is refused before anything is set aside
         open_run(recipe, source, start_over, _begin_anew if start_over else _go_on)
@@ -116,11 +116,17 @@ class _Session:
         console: Console,
         stack: ExitStack,
         address: str | None,
+        trains: bool,
     ) -> None:
+        """
+        Args:
+            trains: whether the train stage is one of the command's.
+        """
         self.run = run
         self.recipe = recipe
         self.files = files
         self.console = console
+        self.trains = trains
         self._stack = stack
         self._address = address
         self._connected = False
@@ -204,12 +210,20 @@ def _export_done(session: _Session) -> bool:
 def _export(session: _Session) -> None:
     from orchestrator.train.export import export
 
-    run, commit = session.run, session.last_commit()
-    try:
-        session.remotely(export, run, session.recipe, session.manifest(), commit, run.model)
-    except CheckpointDamaged as error:
-        resume.set_aside_damaged(run, commit.step, error.message)
-        raise RunFailed(error.message, "run the same command: training goes on from the checkpoint before") from None
+    run, damaged = session.run, set[int]()
+    while True:
+        commit = session.last_commit()
+        try:
+            session.remotely(export, run, session.recipe, session.manifest(), commit, run.model)
+            break
+        except CheckpointDamaged as error:
+            resume.set_aside_damaged(run, commit.step, error.message)
+            if not session.trains or commit.step in damaged:
+                hint = "run the same command: training goes on from the checkpoint before"
+                raise RunFailed(error.message, hint) from None
+            damaged.add(commit.step)
+            log.warning("export: the last checkpoint is damaged; training goes on from the one before")
+            _train(session)
     run.log_event("exported", step=commit.step)
     log.info("export: step %d as a Hugging Face model in %s", commit.step, run.model)
 

@@ -118,9 +118,10 @@ def test_a_damaged_last_checkpoint_is_trained_again(calm: RunDir, tmp_path: Path
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    done = terrane("run", RECIPE, f"storage={tmp_path}", "faults=[]", "--stage", "train")
+    done = terrane("run", RECIPE, f"storage={tmp_path}", "faults=[]", "serving.prompts=[]")
     assert f"checkpoint of step {last} set aside" in done.stderr
     assert f"from step {before} of {last}" in done.stderr
+    assert f"export: step {last} as a Hugging Face model" in done.stderr
     assert committed_steps(run.checkpoints)[-1] == last
     expected = calm.loss_curve()
     assert all(line["loss"] == expected[step]["loss"] for step, line in run.loss_curve().items())

@@ -116,7 +116,7 @@ def test_a_damaged_last_checkpoint_is_trained_again(calm: RunDir, tmp_path: Path
     before, last = committed_steps(run.checkpoints)[-2:]
     file = next(Path(run.checkpoint(last)).rglob("__0_0.distcp"))
     data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
+    data[4096] ^= 1  # in the first fragment, of a parameter: an export reads no moments
     file.write_bytes(data)
     done = terrane("run", RECIPE, f"storage={tmp_path}", "faults=[]", "serving.prompts=[]")
     assert f"checkpoint of step {last} set aside" in done.stderr

@@ -184,13 +184,13 @@ def test_ctrl_c_in_the_corpus_says_how_to_go_on(tmp_path: Path) -> None:
 def test_ctrl_c_commits_and_the_same_command_goes_on(calm: RunDir, tmp_path: Path) -> None:
     storage.download_directory(calm.corpus, tmp_path / "tiny" / "corpus")
     # Within the warm-up, so that the number of steps does not change the learning rate.
-    command = ["run", RECIPE, f"storage={tmp_path}", "faults=[]", "train.steps=16", "--stage", "train"]
+    command = ["run", RECIPE, f"storage={tmp_path}", "faults=[]", "train.steps=20", "--stage", "train"]
     process = subprocess.Popen(
         [str(BIN / "terrane"), *command], stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
     )
     run = RunDir(str(tmp_path / "tiny"))
     try:
-        wait_for(lambda: len(run.metric_lines()) >= 2, "the second step")
+        wait_for(lambda: process.poll() is not None or len(run.metric_lines()) >= 2, "the second step")
         interrupt(process)
         _, said = process.communicate(timeout=180)
     finally:
@@ -198,13 +198,13 @@ def test_ctrl_c_commits_and_the_same_command_goes_on(calm: RunDir, tmp_path: Pat
             os.killpg(process.pid, 9)
     assert process.returncode == 130, said
     stopped = committed_steps(run.checkpoints)[-1]
-    assert stopped < 16
+    assert stopped < 20
     assert f"stopped: stopped at step {stopped}, its state is committed" in said
     assert "hint: run the same command" in said
-    assert f"step {stopped}/16" in said
+    assert f"step {stopped}/20" in said
 
     terrane(*command)
     found, expected = find_run(run.uri).loss_curve(), calm.loss_curve()
-    assert sorted(found) == list(range(1, 17))
+    assert sorted(found) == list(range(1, 21))
     assert [found[step]["loss"] for step in found] == [expected[step]["loss"] for step in found]
-    assert len(run.metric_lines()) == 16, "no step was repeated"
+    assert len(run.metric_lines()) == 20, "no step was repeated"

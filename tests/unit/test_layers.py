@@ -61,7 +61,7 @@ def uses(file: Path, *names: str, top_level_only: bool = False) -> set[str]:
 
 @pytest.mark.parametrize("file", modules("orchestrator/data", "orchestrator/train", "orchestrator/planning"), ids=str)
 def test_the_lower_layers_know_nothing_of_the_upper_ones(file: Path) -> None:
-    upper = ("supervisor", "stages", "cli", "report", "status", "doctor")
+    upper = ("supervisor", "stages", "cli", "report", "report_content", "report_plots", "status", "doctor")
     assert not uses(file, "serve", "jobs", *(f"orchestrator.{name}" for name in upper))
 
 

@@ -1,0 +1,57 @@
+"""Everything that a report is made of, read from a run directory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator import storage
+from orchestrator.config import flatten
+from orchestrator.goodput import AttemptRow, attempt_rows
+from orchestrator.runs import RunDir
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Content:
+    """Everything that a report is made of; empty where the run has nothing yet."""
+
+    recipe: Json  # by dotted name, as in train.lr
+    versions: Json
+    manifest: Json
+    events: list[Json]
+    metrics: list[Json]
+    counted: list[Json]  # the metric lines that count, by step: where attempts overlap, the later one's
+    plans: dict[int, Json]
+    attempts: list[AttemptRow]
+    evaluations: list[Json]
+    answers: list[Json]
+    lost_shards: list[Json]
+
+
+def load(run: RunDir) -> Content:
+    events = [event for event in run.events() if event.get("time") is not None]
+    metrics = [line for line in run.metric_lines() if line.get("step") is not None]
+    plans = {number: run.read_json(run.plan(number)) or {} for number in run.attempts()}
+    claimed = [{"event": "planned", "attempt": number, "plan": plan} for number, plan in plans.items()]
+    resolved = run.read_json(run.resolved) or {}
+    folder = run.evaluation(0).rpartition("/")[0]
+    results = [storage.join(folder, name) for name in storage.list_files(folder) if name.endswith(".json")]
+    return Content(
+        recipe=flatten(resolved.get("recipe") or {}),
+        versions=resolved.get("versions") or {},
+        manifest=run.read_json(run.corpus_manifest) or {},
+        events=events,
+        metrics=metrics,
+        counted=[line for _, line in sorted(run.loss_curve().items())],
+        plans=plans,
+        attempts=attempt_rows([*claimed, *events], metrics),
+        evaluations=[run.read_json(uri) or {} for uri in results],
+        answers=(run.read_json(run.answers) or {}).get("answers") or [],
+        lost_shards=run.read_json(run.lost_shards) or [],
+    )
+
+
+def words(name: object) -> str:
+    return str(name).replace("_", " ")

@@ -474,7 +474,7 @@ def test_a_step_that_was_set_aside_can_be_committed_and_set_aside_again(run: Run
 
 
 def test_status_and_report_count_only_what_came_after(run: RunDir) -> None:
-    from orchestrator import report, status
+    from orchestrator import report, report_content, status
 
     train(run, recipe(root_of(run)), 1, 8)
     resume.start_over(run, recipe(root_of(run)))
@@ -483,7 +483,7 @@ def test_status_and_report_count_only_what_came_after(run: RunDir) -> None:
     summary = status.summarize(run)
     assert summary["step"] == 4
     assert [row["steps_repeated"] for row in summary["attempts"]] == [0, 0], "begun anew is not repeated"
-    assert [line["step"] for line in report._load(run).counted] == [1, 2, 3, 4]
+    assert [line["step"] for line in report_content.load(run).counted] == [1, 2, 3, 4]
     report.write_report(run)
 
 
@@ -513,6 +513,7 @@ def test_a_recipe_that_is_refused_leaves_no_trace(run: RunDir) -> None:
 
 
 def test_the_report_names_what_training_did_otherwise(run: RunDir) -> None:
+
     from orchestrator import report
 
     ramp = [{"steps": 4, "sequences": 3}]

@@ -18,7 +18,7 @@ from orchestrator.data.exclusions import Exclusions, LostShard, Run
 from orchestrator.data.manifest import Manifest, load_manifest, schedule
 from orchestrator.data.schedule import Schedule, changes, differs
 from orchestrator.errors import RunFailed, ShardLost, StorageError, UserError
-from orchestrator.rollback import passed, quarantined, rollbacks
+from orchestrator.rollback import quarantined, rollbacks
 from orchestrator.runs import RunDir
 from orchestrator.train import checkpoints
 from orchestrator.train.checkpoints import Commit, Position
@@ -137,7 +137,7 @@ def data_schedule(run: RunDir, recipe: Recipe, manifest: Manifest) -> Schedule:
         UserError: a quarantined document is not part of the corpus.
     """
     chosen = schedule(manifest, recipe, _exclusions(run, recipe, manifest))
-    spiked = tuple(passed(found) for found in rollbacks(run))
+    spiked = tuple(found.passed for found in rollbacks(run))
     return replace(chosen, skip_steps=(*chosen.skip_steps, *spiked))
 
 

@@ -35,7 +35,7 @@ def roll_back(run: RunDir, recipe: Recipe, attempt: int, step: int) -> Rollback:
     finish(run)
     documents = quarantined_by(run, attempt)
     log.warning(
-        "loss spike at step %d: back to step %d; steps %d to %d are passed over", step, found.back_to, *passed(found)
+        "loss spike at step %d: back to step %d; steps %d to %d are passed over", step, found.back_to, *found.passed
     )
     if documents:
         log.warning("loss spike at step %d: goes on without %s", step, ", ".join(documents))
@@ -65,11 +65,6 @@ def _attempt_of(run: RunDir, step: int) -> float:
 
 def rollbacks(run: RunDir) -> list[Rollback]:
     return [Rollback(**values) for values in run.rollbacks()]
-
-
-def passed(found: Rollback) -> tuple[int, int]:
-    """First and last step that are passed over."""
-    return found.first, found.last
 
 
 def quarantined(run: RunDir) -> list[str]:

@@ -153,6 +153,15 @@ class TrainConfig(Section):
         for first, last in self.skip_steps:
             if not first <= last <= self.steps:
                 raise ValueError(f"skip_steps [{first}, {last}] is no range of steps up to steps={self.steps}")
+        covered = 0
+        for first, last in sorted(self.skip_steps):
+            covered = last if first <= covered + 1 <= last else covered
+        if covered == self.steps:
+            raise ValueError("skip_steps leaves no step")
+        return self
+
+    @model_validator(mode="after")
+    def steps_go_together(self) -> Self:
         if self.keep_best and not self.evaluate_every:
             raise ValueError("keep_best goes by the held-out loss: give evaluate_every")
         if self.keep_best and self.evaluate_every and self.evaluate_every % self.checkpoint_every:
@@ -162,11 +171,6 @@ class TrainConfig(Section):
             )
         if self.profile and not self.profile[0] <= self.profile[1] <= self.steps:
             raise ValueError(f"profile {list(self.profile)} is no range of steps up to steps={self.steps}")
-        covered = 0
-        for first, last in sorted(self.skip_steps):
-            covered = last if first <= covered + 1 <= last else covered
-        if covered == self.steps:
-            raise ValueError("skip_steps leaves no step")
         return self
 
     @model_validator(mode="after")

@@ -40,12 +40,12 @@ def evaluate(run: RunDir, recipe: Recipe, manifest: Manifest, step: int, device:
 def _score(model: Any, tokens: np.ndarray, device: str) -> dict[str, float]:
     import torch
 
-    from orchestrator.train.models import token_loss_sum
+    from orchestrator.train.models import token_losses
 
     model = model.to(device).eval()
     total = 0.0
     with torch.inference_mode():
         for batch in np.array_split(tokens.astype(np.int64), math.ceil(len(tokens) / BATCH)):
-            total += float(token_loss_sum(model, torch.from_numpy(batch).to(device)))
+            total += float(token_losses(model, torch.from_numpy(batch).to(device)).sum())
     loss = total / (tokens.shape[0] * (tokens.shape[1] - 1))
     return {"loss": loss, "perplexity": math.exp(loss)}

@@ -79,14 +79,14 @@ def _token_losses(run: RunDir, manifest: Manifest, step: int, samples: list[int]
     """Of every token but the first of each sample, [samples, sequence_length]; the first's is 0."""
     import torch
 
+    from orchestrator.train.models import token_losses
+
     model = _model(run, manifest, step).to(device).eval()
     tokens = manifest.reader(run.corpus, "train").take(np.array(samples)).astype(np.int64)
     losses = np.zeros(tokens.shape)
     with torch.inference_mode():
-        for number, sequence in enumerate(torch.from_numpy(tokens)):
-            logits = model(input_ids=sequence[None].to(device), use_cache=False).logits[0, :-1].float()
-            found = torch.nn.functional.cross_entropy(logits, sequence[1:].to(device), reduction="none")
-            losses[number, 1:] = found.cpu().numpy()
+        for number, sequence in enumerate(torch.from_numpy(tokens).to(device)):
+            losses[number, 1:] = token_losses(model, sequence[None])[0].cpu().numpy()
     return losses
 
 

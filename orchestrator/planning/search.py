@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 from orchestrator.accelerators import NodePool
 from orchestrator.config import Recipe
@@ -73,14 +73,7 @@ class Plan:
 
     @property
     def layout(self) -> Layout:
-        return Layout(
-            tensor_parallel=self.tensor_parallel,
-            pipeline_stages=self.pipeline_stages,
-            layers_per_stage=self.layers_per_stage,
-            zero_stage=self.zero_stage,
-            offload=self.offload,
-            recompute=self.recompute,
-        )
+        return Layout(**{field.name: getattr(self, field.name) for field in fields(Layout)})
 
     @property
     def shares(self) -> tuple[int, ...]:
@@ -117,7 +110,7 @@ def plan(recipe: Recipe, shape: ModelShape, pools: list[NodePool]) -> Plan:
         except PlanError as error:  # another pool may do what this one cannot
             impossible.append(error)
     if not fitting:
-        raise impossible[0] if impossible else _no_plan(recipe.train, pools, rejected)
+        raise impossible[0] if impossible and not rejected else _no_plan(recipe.train, pools, rejected)
     ranked = sorted(fitting, key=lambda p: (p.step_time_s, -p.micro_batch_size))
     best = ranked[0]
     slower = [f"{_name(p)}: {p.step_time_s:.3g} s a step against {best.step_time_s:.3g}" for p in ranked[1:]]
@@ -173,12 +166,7 @@ def _judge(
         node_ids=tuple(node.id for node in pool.nodes),
         whole_cluster=single,
         data_parallel=replicas,
-        pipeline_stages=layout.pipeline_stages,
-        tensor_parallel=layout.tensor_parallel,
-        layers_per_stage=layout.layers_per_stage,
-        zero_stage=layout.zero_stage,
-        offload=layout.offload,
-        recompute=layout.recompute,
+        **asdict(layout),
         micro_batch_size=micro_batch_size,
         accumulation=accumulation,
         dtype=dtype,

@@ -11,8 +11,6 @@ from orchestrator.model_config import ModelConfig
 from orchestrator.planning.shape import model_values
 from orchestrator.train.fragments import Box
 
-NOT_A_TARGET = -100
-
 FOR_TRAINING = {"dropout": 0.0, "attention_dropout": 0.0, "layerdrop": 0.0, "use_cache": False}
 
 
@@ -62,12 +60,12 @@ def config_object(values: dict[str, Any]) -> Any:
     return CONFIG_MAPPING[values["model_type"]].from_dict(values)
 
 
-def meta_model(config: Any) -> Any:
+def meta_model(config: Any, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Any:
     """The modules of a causal language model without storage, from a config of transformers."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
 
 
 def parameter_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
@@ -75,16 +73,12 @@ def parameter_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def token_loss_sum(model: Any, tokens: torch.Tensor, counted: torch.Tensor | None = None) -> torch.Tensor:
-    """Sum over the targets of the cross entropy, in fp32. Every token but the first of a sequence is a target.
+def token_losses(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of every token but the first of a sequence, in nats, fp32 [sequences, sequence_length - 1].
 
     Args:
         tokens: int64 [sequences, sequence_length].
-        counted: bool like tokens: False for those that are no targets. None: all are.
     """
-    logits = model(input_ids=tokens, use_cache=False).logits
-    predictions = logits[:, :-1].flatten(0, 1).float()
-    targets = tokens if counted is None else tokens.masked_fill(~counted.to(tokens.device), NOT_A_TARGET)
-    return torch.nn.functional.cross_entropy(
-        predictions, targets[:, 1:].flatten(), reduction="sum", ignore_index=NOT_A_TARGET
-    )
+    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
+    return losses.view(len(tokens), -1)

@@ -56,6 +56,11 @@ class Rollback:
     first: int
     last: int
 
+    @property
+    def passed(self) -> tuple[int, int]:
+        """First and last step that are passed over."""
+        return self.first, self.last
+
 
 class Detector:
     """Judges one step after the other. Equal losses and norms are judged equally on every rank, and after a restart."""

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from orchestrator.train.fragments import Box
+from orchestrator.train.models import meta_model
 from orchestrator.train.tensor_parallel import (
     ALONE,
     TensorGroup,
@@ -53,10 +54,7 @@ class Skeleton:
 
     @staticmethod
     def of(config: Any, dtype: torch.dtype, attention: str) -> Skeleton:
-        from transformers import AutoModelForCausalLM
-
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        model = meta_model(config, dtype, attention)
         if hasattr(model.model, "decoder"):  # OPT
             return Skeleton(model, model.model.decoder, "model.decoder", "final_layer_norm")
         return Skeleton(model, model.model, "model", "norm")

@@ -8,6 +8,7 @@ all ranks equal to the fp32 fragments after these were written; `guard(accept)` 
 
 from __future__ import annotations
 
+import abc
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -58,12 +59,16 @@ def optimizer_state(engine: Any, parts: Parts, clip_norm: float) -> ZeroState:
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-    kinds = {BF16_Optimizer: Bf16, DeepSpeedZeroOptimizer_Stage3: Stage3, DeepSpeedZeroOptimizer: Stages1And2}
-    kind = next((kinds[known] for known in kinds if isinstance(engine.optimizer, known)), Unpartitioned)
-    return kind(engine, parts, clip_norm)
+    kinds: dict[type, Callable[..., ZeroState]] = {
+        BF16_Optimizer: Bf16,
+        DeepSpeedZeroOptimizer_Stage3: Stage3,
+        DeepSpeedZeroOptimizer: Stages1And2,
+    }
+    make = next((kinds[known] for known in kinds if isinstance(engine.optimizer, known)), Unpartitioned)
+    return make(engine, parts, clip_norm)
 
 
-class ZeroState:
+class ZeroState(abc.ABC):
     def __init__(self, engine: Any, parts: Parts, clip_norm: float) -> None:
         self.zero = engine.optimizer
         self.parts = parts
@@ -105,11 +110,11 @@ class ZeroState:
             tensors = {PARAM: mapping.get_hp_fragment()} | {key: mapping.get_hp_fragment(key) for key in MOMENTS}
             yield mapping.lp_fragment_address.start, tensors
 
-    def refresh(self) -> None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def refresh(self) -> None: ...
 
-    def guard(self, accept: Accept) -> None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def guard(self, accept: Accept) -> None: ...
 
 
 class Stages1And2(ZeroState):

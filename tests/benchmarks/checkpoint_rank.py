@@ -29,7 +29,7 @@ from orchestrator.model_config import ModelConfig  # noqa: E402
 from orchestrator.train import checkpoints, zero  # noqa: E402
 from orchestrator.train.checkpoints import Position, Retention  # noqa: E402
 from orchestrator.train.fragments import Box  # noqa: E402
-from orchestrator.train.models import build_model, token_loss_sum  # noqa: E402
+from orchestrator.train.models import build_model, token_losses  # noqa: E402
 from orchestrator.train.saver import Saver  # noqa: E402
 from orchestrator.train.stage import Part  # noqa: E402
 
@@ -68,13 +68,13 @@ def tokens(seed: int) -> torch.Tensor:
 
 
 def step(engine: Any, number: int) -> None:
-    engine.backward(token_loss_sum(engine, tokens(1000 * dist.get_rank() + number)) / LENGTH)
+    engine.backward(token_losses(engine, tokens(1000 * dist.get_rank() + number)).mean())
     engine.step()
 
 
 def loss(engine: Any) -> float:
     with torch.no_grad():
-        return float(token_loss_sum(engine, tokens(0)) / LENGTH)
+        return float(token_losses(engine, tokens(0)).mean())
 
 
 def seconds(work: Callable[[], object]) -> float:

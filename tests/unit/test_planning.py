@@ -110,6 +110,11 @@ def test_a_precision_that_no_device_computes_in_is_refused() -> None:
         plan(recipe(dtype="bf16"), SMALL, [pool("cuda", gpus=2, bf16=False)])
 
 
+def test_what_the_pool_lacks_that_could_is_said_before_what_another_pool_cannot() -> None:
+    with pytest.raises(PlanError, match=r"needs [0-9.]+ GiB a worker"):
+        plan(recipe(dtype="fp16", sequence_length=2048), LARGE, [pool(), pool("dcu", gpus=1, gib=16)])
+
+
 def test_flash_attention_is_refused_on_cpus() -> None:
     with pytest.raises(PlanError, match=r"attention=flash_attention_2 is not for 1 cpu node"):
         plan(recipe(attention="flash_attention_2", dtype="bf16"), SMALL, [pool()])

@@ -1,0 +1,181 @@
+"""The lease of a run: an agent on every node that it uses, which together hold its devices from attempt to attempt.
+
+Workers ask Ray for next to nothing and are pinned to the nodes of their plan, so that the workers of the next attempt
+can stand ready beside those of the present one, and no other job takes the devices in between.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from orchestrator.accelerators import ACCELERATORS
+from orchestrator.node_agent import NodeAgent, Report
+from orchestrator.planning.search import Plan
+
+log = logging.getLogger(__name__)
+
+WORKER_CPUS = 0.01
+"""What a worker asks Ray for itself; its agent holds the rest, less this for a worker that stands by."""
+AGENT_START_S = 30.0
+"""How long an agent may take to start on a node that is alive."""
+
+
+class NodesBusy(Exception):
+    """Devices that Ray counts as the nodes' own are held by others."""
+
+    def __init__(self, node_ids: Iterable[str]) -> None:
+        self.node_ids = tuple(node_ids)
+        super().__init__(f"devices are taken by others on {', '.join(node[:12] for node in self.node_ids)}")
+
+
+@dataclass
+class _Held:
+    """What the run holds of a node: the first actor is the agent, others hold more devices."""
+
+    actors: list[Any]
+    devices: int
+    ids: list[int] = field(default_factory=list)
+    """Of the GPUs."""
+    seen: int = 0
+    """Reports of the agent that were taken."""
+    news: Any = None
+    """Reference to the reports after those."""
+
+
+class Lease:
+    """Use it as a context; its agents end with it."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, _Held] = {}
+        self.lost: dict[str, float] = {}
+        """Nodes whose agent has ended, and when (time.monotonic)."""
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.keep(())
+
+    def hold(self, plan: Plan, cpus_per_worker: float) -> None:
+        """Hold the devices of a plan, besides what is held already.
+
+        Raises:
+            NodesBusy: some of them are held by others; what could be had of the rest is held.
+        """
+        fresh: dict[Any, tuple[str, int, Any]] = {}
+        for node_id, workers in plan.placement:
+            held = self._held.get(node_id)
+            lacking = workers - (held.devices if held else 0)
+            if lacking > 0:
+                actor = _agent(node_id, lacking, plan.accelerator, cpus_per_worker)
+                fresh[actor.devices.remote()] = (node_id, lacking, actor)
+        self._take(fresh)
+
+    def _take(self, fresh: dict[Any, tuple[str, int, Any]]) -> None:
+        import ray
+
+        answers, missing = list(fresh), []
+        answered, _ = ray.wait(answers, num_returns=len(answers), timeout=AGENT_START_S) if answers else ([], [])
+        for reference, (node_id, devices, actor) in fresh.items():
+            try:
+                ids = ray.get(reference) if reference in answered else None
+            except ray.exceptions.RayError:  # the node went away
+                ids = None
+            if ids is None:
+                ray.kill(actor)
+                missing.append(node_id)
+                continue
+            held = self._held.setdefault(node_id, _Held(actors=[], devices=0))
+            held.actors.append(actor)
+            held.devices += devices
+            held.ids += ids
+            self.lost.pop(node_id, None)
+        if missing:
+            raise NodesBusy(missing)
+
+    def keep(self, node_ids: Iterable[str]) -> None:
+        """Give back every other node."""
+        import ray
+
+        for node_id in self._held.keys() - set(node_ids):
+            for actor in self._held.pop(node_id).actors:
+                ray.kill(actor)
+
+    @property
+    def agents(self) -> dict[str, Any]:
+        """Handle of the agent by node id."""
+        return {node_id: held.actors[0] for node_id, held in self._held.items()}
+
+    @property
+    def device_ids(self) -> dict[str, list[int]]:
+        return {node_id: held.ids for node_id, held in self._held.items()}
+
+    def poll(self, timeout_s: float) -> list[Report]:
+        """What the agents have to report; waits for it, but no longer than that. Nodes whose agent ended go to `lost`."""
+        import ray
+
+        waiting = {}
+        for node_id, held in self._held.items():
+            held.news = held.news or held.actors[0].news.remote(held.seen)
+            waiting[held.news] = node_id
+        if not waiting:
+            time.sleep(timeout_s)
+            return []
+        answered, _ = ray.wait(list(waiting), num_returns=1, timeout=timeout_s)
+        more, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0)
+        reports: list[Report] = []
+        for reference in {*answered, *more}:
+            reports += self._reports_of(waiting[reference])
+        return reports
+
+    def _reports_of(self, node_id: str) -> list[Report]:
+        import ray
+
+        held = self._held[node_id]
+        try:
+            reports: list[Report] = ray.get(held.news)
+        except ray.exceptions.RayError as error:
+            log.debug("agent of node %s: %s", node_id, error)
+            self.lost[node_id] = time.monotonic()
+            for actor in self._held.pop(node_id).actors:
+                ray.kill(actor)
+            return []
+        held.seen, held.news = held.seen + len(reports), None
+        return reports
+
+    def go(self, node_ids: Iterable[str], group: str, job: Mapping[str, Any] | None) -> None:
+        """Send a group off; without a job, home."""
+        for node_id in node_ids:
+            if node_id in self._held:
+                self._held[node_id].actors[0].go.remote(group, job)
+
+    def end(self, node_ids: Iterable[str], group: str, timeout_s: float) -> None:
+        """End the processes of a group on the nodes that are still there."""
+        import ray
+
+        ends = [self._held[node].actors[0].end.remote(group) for node in node_ids if node in self._held]
+        if ends:
+            _, late = ray.wait(ends, num_returns=len(ends), timeout=timeout_s)
+            if late:
+                log.warning("workers of %s do not end on %d nodes", group, len(late))
+
+
+def _agent(node_id: str, devices: int, accelerator: str, cpus_per_worker: float) -> Any:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    gpus = devices if ACCELERATORS[accelerator].ray_resource == "GPU" else 0
+    return (
+        ray.remote(NodeAgent)
+        .options(
+            num_cpus=devices * max(cpus_per_worker - 2 * WORKER_CPUS, 0.0),
+            num_gpus=gpus,
+            max_restarts=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
+        )
+        .remote()
+    )

@@ -101,6 +101,11 @@ def node_pools() -> list[NodePool]:
     ]
 
 
+def on_node(node_id: str) -> dict[str, str]:
+    """Ray's label selector for one node."""
+    return {"ray.io/node-id": node_id}
+
+
 def _kind(row: dict[str, Any]) -> tuple[str, int, bool]:
     """(accelerator, bytes of a device, whether it computes in bf16)."""
     labels: dict[str, str] = row.get("Labels") or {}

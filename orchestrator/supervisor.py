@@ -245,7 +245,7 @@ def _trainer(run: RunDir, recipe: Recipe, chosen: Plan, attempt: int, schedule: 
             num_workers=chosen.workers,
             use_gpu=accelerator.ray_resource == "GPU",
             resources_per_worker=resources,
-            label_selector=None if chosen.whole_cluster else placement(chosen.node_ids),
+            label_selector=[cluster.on_node(node_id) for node_id, count in chosen.placement for _ in range(count)],
         ),
         run_config=RunConfig(
             name="ray_train",
@@ -253,11 +253,6 @@ def _trainer(run: RunDir, recipe: Recipe, chosen: Plan, attempt: int, schedule: 
             failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
         ),
     )
-
-
-def placement(node_ids: tuple[str, ...]) -> dict[str, str]:
-    """Ray label selector for any of these nodes."""
-    return {"ray.io/node-id": f"in({','.join(node_ids)})"}
 
 
 class _Follower:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Set
 from dataclasses import replace
 from typing import Any
 
@@ -46,8 +47,13 @@ def in_words(node: dict[str, Any]) -> str:
     return f"node {node['node_id'][:12]} on {node['host']} {' and '.join(parts)}"
 
 
-def plan_around(run: RunDir, recipe: Recipe, shape: ModelShape, pools: list[NodePool]) -> Plan:
+def plan_around(
+    run: RunDir, recipe: Recipe, shape: ModelShape, pools: list[NodePool], prefer: Set[str] = frozenset()
+) -> Plan:
     """The plan without the nodes that were named often, or with them where there is none without.
+
+    Args:
+        prefer: ids of nodes to place workers on before others.
 
     Raises:
         PlanError: no layout fits.
@@ -55,14 +61,14 @@ def plan_around(run: RunDir, recipe: Recipe, shape: ModelShape, pools: list[Node
     named = {node["node_id"] for node in read(run) if sum(v["sure"] for v in node["verdicts"]) >= VERDICTS}
     out = [node for pool in pools for node in pool.nodes if node.id in named]
     if not out:
-        return plan(recipe, shape, pools)
+        return plan(recipe, shape, pools, prefer)
     names = ", ".join(f"{node.id[:12]} ({node.address})" for node in out)
     try:
-        found = plan(recipe, shape, _without(pools, named))
+        found = plan(recipe, shape, _without(pools, named), prefer)
     except PlanError as error:
         log.warning("the run goes on with nodes that computed wrong numbers, %s: %s", names, error.message)
-        return plan(recipe, shape, pools)
-    return replace(found, whole_cluster=False, reason=f"{found.reason}; without {names}, which computed wrong numbers")
+        return plan(recipe, shape, pools, prefer)
+    return replace(found, reason=f"{found.reason}; without {names}, which computed wrong numbers")
 
 
 def _without(pools: list[NodePool], named: set[str]) -> list[NodePool]:

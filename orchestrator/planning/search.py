@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import asdict, dataclass, fields, replace
 
 from orchestrator.accelerators import NodePool
@@ -12,6 +12,7 @@ from orchestrator.data.schedule import Role
 from orchestrator.errors import PlanError
 from orchestrator.planning.layout import Layout, layout_of, why_zero_stage
 from orchestrator.planning.memory import Memory, worker_memory
+from orchestrator.planning.placement import Room, place, rooms
 from orchestrator.planning.shape import ModelShape
 from orchestrator.planning.throughput import PLATFORMS, step_time_s
 from orchestrator.train_config import TrainConfig
@@ -24,9 +25,9 @@ _GIB = 2**30
 class Plan:
     accelerator: str
     node_ids: tuple[str, ...]
-    """Nodes of the pool that workers may be placed on."""
-    whole_cluster: bool
-    """Whether the pool is all there is, so that placement needs no restriction."""
+    """Nodes that workers stand on, in the order of their ranks."""
+    workers_by_node: tuple[int, ...]
+    """Of each of `node_ids`."""
     data_parallel: int
     pipeline_stages: int = 1
     tensor_parallel: int = 1
@@ -54,6 +55,11 @@ class Plan:
     @property
     def workers(self) -> int:
         return self.data_parallel * self.pipeline_stages * self.tensor_parallel
+
+    @property
+    def placement(self) -> tuple[tuple[str, int], ...]:
+        """(node id, workers there), in the order of their ranks."""
+        return tuple(zip(self.node_ids, self.workers_by_node, strict=True))
 
     def coordinates(self, rank: int) -> tuple[int, int, int]:
         """(pipeline stage, data-parallel rank, tensor-parallel rank) of a worker: those of a tensor-parallel group are
@@ -94,8 +100,11 @@ class _Rejected:
     memory_bytes: int
 
 
-def plan(recipe: Recipe, shape: ModelShape, pools: list[NodePool]) -> Plan:
+def plan(recipe: Recipe, shape: ModelShape, pools: list[NodePool], prefer: Set[str] = frozenset()) -> Plan:
     """The fastest layout that fits.
+
+    Args:
+        prefer: ids of nodes to place workers on before others.
 
     Raises:
         PlanError: none does; says what the nearest one lacks.
@@ -105,7 +114,7 @@ def plan(recipe: Recipe, shape: ModelShape, pools: list[NodePool]) -> Plan:
     impossible: list[PlanError] = []
     for pool in pools:
         try:
-            for found in _layouts(recipe.train, shape, pool, single=len(pools) == 1):
+            for found in _search(recipe.train, shape, pool, prefer).layouts():
                 (fitting if isinstance(found, Plan) else rejected).append(found)  # type: ignore[arg-type]
         except PlanError as error:  # another pool may do what this one cannot
             impossible.append(error)
@@ -120,75 +129,88 @@ def plan(recipe: Recipe, shape: ModelShape, pools: list[NodePool]) -> Plan:
     return replace(best, reason=reason, losers=(*slower[:MAX_LOSERS], *refused[:MAX_LOSERS]))
 
 
-def _layouts(train: TrainConfig, shape: ModelShape, pool: NodePool, single: bool) -> Iterator[Plan | _Rejected]:
+def _search(train: TrainConfig, shape: ModelShape, pool: NodePool, prefer: Set[str]) -> _Search:
+    """
+    Raises:
+        PlanError: the devices of the pool cannot do what the recipe asks for.
+    """
     dtype = choose_dtype(train.dtype, pool)
     layout = layout_of(train, shape, dtype)
     if train.attention == "flash_attention_2" and pool.accelerator == "cpu":
         raise PlanError(f"train.attention=flash_attention_2 is not for {pool}", "use train.attention=sdpa")
-    devices = _devices(train, pool)
-    fewest = math.ceil(train.workers.min / layout.devices)
-    for replicas in range(fewest, min(min(train.workers.max, devices) // layout.devices, train.global_batch_size) + 1):
-        share = math.ceil(largest_batch(train) / replicas)
-        for micro_batch_size in sorted({math.ceil(share / parts) for parts in range(1, share + 1)}):
-            yield _judge(train, shape, pool, single, layout, dtype, replicas, micro_batch_size)
+    among = rooms(pool, train.cpus_per_worker, layout.tensor_parallel, prefer)
+    return _Search(train=train, shape=shape, pool=pool, dtype=dtype, layout=layout, rooms=among)
 
 
-def _devices(train: TrainConfig, pool: NodePool) -> int:
-    """That workers can take: tensor-parallel ranks share a node."""
-    size = train.layout.tensor_parallel
-    return sum(count // size * size for count in pool.devices_by_node(train.cpus_per_worker))
+@dataclass(frozen=True, kw_only=True)
+class _Search:
+    """Among the layouts of one pool."""
 
+    train: TrainConfig
+    shape: ModelShape
+    pool: NodePool
+    dtype: str
+    layout: Layout
+    rooms: list[Room]
 
-def _judge(
-    train: TrainConfig,
-    shape: ModelShape,
-    pool: NodePool,
-    single: bool,
-    layout: Layout,
-    dtype: str,
-    replicas: int,
-    micro_batch_size: int,
-) -> Plan | _Rejected:
-    share = math.ceil(largest_batch(train) / replicas)
-    accumulation = math.ceil(share / micro_batch_size)
-    memory: Memory = worker_memory(
-        shape,
-        layout,
-        accelerator=pool.accelerator,
-        dtype=dtype,
-        data_parallel=replicas,
-        micro_batch_size=micro_batch_size,
-        accumulation=accumulation,
-        sequence_length=train.sequence_length,
-    )
-    found = Plan(
-        accelerator=pool.accelerator,
-        node_ids=tuple(node.id for node in pool.nodes),
-        whole_cluster=single,
-        data_parallel=replicas,
-        **asdict(layout),
-        micro_batch_size=micro_batch_size,
-        accumulation=accumulation,
-        dtype=dtype,
-        parameters=shape.parameters,
-        memory_bytes=memory.total,
-        step_time_s=step_time_s(
-            shape,
-            PLATFORMS[pool.accelerator],
-            layout,
+    def layouts(self) -> Iterator[Plan | _Rejected]:
+        train, devices = self.train, _devices(self.rooms, self.layout.tensor_parallel)
+        fewest = math.ceil(train.workers.min / self.layout.devices)
+        most = min(min(train.workers.max, devices) // self.layout.devices, train.global_batch_size)
+        for replicas in range(fewest, most + 1):
+            share = math.ceil(largest_batch(train) / replicas)
+            for micro_batch_size in sorted({math.ceil(share / parts) for parts in range(1, share + 1)}):
+                yield self._judge(replicas, share, micro_batch_size)
+
+    def _judge(self, replicas: int, share: int, micro_batch_size: int) -> Plan | _Rejected:
+        found = self._plan(replicas, share, micro_batch_size)
+        available = self.pool.memory_per_device(self.train.cpus_per_worker)
+        if found.memory_bytes > available:
+            why = f"needs {found.memory_bytes / _GIB:.1f} GiB a worker, {available / _GIB:.1f} GiB are there"
+            return _Rejected(_name(found), why, found.memory_bytes)
+        return found
+
+    def _plan(self, replicas: int, share: int, micro_batch_size: int) -> Plan:
+        accumulation = math.ceil(share / micro_batch_size)
+        memory: Memory = worker_memory(
+            self.shape,
+            self.layout,
+            accelerator=self.pool.accelerator,
+            dtype=self.dtype,
+            data_parallel=replicas,
+            micro_batch_size=micro_batch_size,
+            accumulation=accumulation,
+            sequence_length=self.train.sequence_length,
+        )
+        time_s = step_time_s(
+            self.shape,
+            PLATFORMS[self.pool.accelerator],
+            self.layout,
             data_parallel=replicas,
             accumulation=accumulation,
             micro_batch_size=micro_batch_size,
             global_batch_size=share * replicas,
-            sequence_length=train.sequence_length,
-            width=4 if dtype == "fp32" else 2,
-        ),
-    )
-    available = pool.memory_per_device(train.cpus_per_worker)
-    if memory.total > available:
-        why = f"needs {memory.total / _GIB:.1f} GiB a worker, {available / _GIB:.1f} GiB are there"
-        return _Rejected(_name(found), why, memory.total)
-    return found
+            sequence_length=self.train.sequence_length,
+            width=4 if self.dtype == "fp32" else 2,
+        )
+        placement = place(replicas * self.layout.pipeline_stages, self.rooms)
+        return Plan(
+            accelerator=self.pool.accelerator,
+            node_ids=tuple(placement),
+            workers_by_node=tuple(groups * self.layout.tensor_parallel for groups in placement.values()),
+            data_parallel=replicas,
+            **asdict(self.layout),
+            micro_batch_size=micro_batch_size,
+            accumulation=accumulation,
+            dtype=self.dtype,
+            parameters=self.shape.parameters,
+            memory_bytes=memory.total,
+            step_time_s=time_s,
+        )
+
+
+def _devices(among: list[Room], tensor_parallel: int) -> int:
+    return sum(room.groups for room in among) * tensor_parallel
 
 
 def largest_batch(train: TrainConfig) -> int:
@@ -221,7 +243,8 @@ def _name(plan: Plan) -> str:
 def _no_plan(train: TrainConfig, pools: list[NodePool], rejected: list[_Rejected]) -> PlanError:
     replica = train.layout.devices
     fewest = math.ceil(train.workers.min / replica) * replica
-    most = max(_devices(train, pool) for pool in pools) // replica * replica
+    size = train.layout.tensor_parallel
+    most = max(_devices(rooms(pool, train.cpus_per_worker, size), size) for pool in pools) // replica * replica
     found = ", ".join(f"{pool}: {pool.devices(train.cpus_per_worker)}" for pool in pools)
     if most < fewest:
         if replica > 1:

@@ -68,7 +68,7 @@ class Ours:
         plan = Plan(
             accelerator="cpu",
             node_ids=(),
-            whole_cluster=True,
+            workers_by_node=(),
             data_parallel=dist.get_world_size(),
             micro_batch_size=MICRO_BATCH,
             accumulation=ACCUMULATION,

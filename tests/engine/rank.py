@@ -107,7 +107,7 @@ def plan_of(case: Case) -> Plan:
     return Plan(
         accelerator="cpu",
         node_ids=(),
-        whole_cluster=True,
+        workers_by_node=(),
         data_parallel=len(case.shares),
         pipeline_stages=max(len(case.stages), 1),
         tensor_parallel=case.tensor,

@@ -4,6 +4,8 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from orchestrator import cluster
 from orchestrator.accelerators import Node, NodePool
@@ -67,7 +69,51 @@ def test_the_fastest_pool_is_chosen_and_the_others_say_why_not() -> None:
     found = plan(recipe(), SMALL, [pool(nodes=4), pool("cuda", gpus=1), pool("dcu", gpus=4)])
     assert (found.accelerator, found.workers, found.dtype) == ("dcu", 4, "fp16") or found.accelerator == "cuda"
     assert any("s a step against" in loser for loser in found.losers)
-    assert not found.whole_cluster
+    assert all(node_id.startswith(found.accelerator) for node_id in found.node_ids)
+
+
+def unlike_nodes(cpus: dict[str, float]) -> NodePool:
+    nodes = [Node(id=name, address=name, cpus=count, gpus=0, memory_bytes=64 * GIB) for name, count in cpus.items()]
+    return NodePool(accelerator="cpu", nodes=tuple(nodes))
+
+
+def placement(cpus: dict[str, float], workers: int, prefer: frozenset[str] = frozenset(), **layout: int) -> Any:
+    return dict(plan(recipe(workers=workers, layout=layout), SMALL, [unlike_nodes(cpus)], prefer).placement)
+
+
+def test_workers_stand_on_the_fewest_nodes() -> None:
+    nodes = {"d": 3, "a": 2, "b": 3, "c": 6, "head": 0}
+    assert placement(nodes, 2) == {"c": 2}
+    assert placement(nodes, 8) == {"c": 6, "b": 2}
+    assert placement(nodes, 12) == {"c": 6, "b": 3, "d": 3}
+    assert placement(nodes, 14) == {"c": 6, "b": 3, "d": 3, "a": 2}
+
+
+def test_tensor_parallel_groups_are_not_torn() -> None:
+    assert placement({"a": 3, "b": 3, "c": 2}, 6, tensor_parallel=2) == {"a": 2, "b": 2, "c": 2}
+    assert placement({"a": 3, "b": 5}, 4, tensor_parallel=2) == {"b": 4}
+    assert placement({"a": 5, "b": 5}, 8, tensor_parallel=2, pipeline_stages=2) == {"a": 4, "b": 4}
+
+
+def test_a_replan_stays_where_the_run_is() -> None:
+    nodes = {"a": 4, "b": 4, "c": 8}
+    assert placement(nodes, 4, prefer=frozenset({"b"})) == {"b": 4}
+    assert placement(nodes, 6, prefer=frozenset({"b", "gone"})) == {"b": 4, "c": 2}
+
+
+@given(
+    cpus=st.lists(st.integers(0, 9), min_size=1, max_size=6),
+    tensor_parallel=st.sampled_from([1, 2, 4]),
+    prefer=st.frozensets(st.sampled_from("abcdef")),
+)
+def test_every_worker_has_a_device_of_its_own(cpus: list[int], tensor_parallel: int, prefer: frozenset[str]) -> None:
+    nodes = dict(zip("abcdef", cpus, strict=False))
+    room = {name: count // tensor_parallel * tensor_parallel for name, count in nodes.items()}
+    assume(sum(room.values()))
+    for workers in range(tensor_parallel, min(sum(room.values()), 16) + 1, tensor_parallel):
+        placed = placement(nodes, workers, prefer, tensor_parallel=tensor_parallel)
+        assert sum(placed.values()) == workers
+        assert all(0 < count <= room[name] and count % tensor_parallel == 0 for name, count in placed.items())
 
 
 def test_memory_prunes_before_time_ranks() -> None:

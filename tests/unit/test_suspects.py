@@ -32,13 +32,12 @@ def planned(run: RunDir, **values: Any) -> Any:
 
 
 def test_a_node_is_left_out_after_its_second_verdict(run: RunDir) -> None:
-    assert planned(run).whole_cluster
     suspects.note(run, 1, corruption("node-1"))
     assert "node-1" in planned(run).node_ids, "once is no pattern"
     suspects.note(run, 2, corruption("node-1"))
     found = planned(run)
     assert found.node_ids == ("node-0", "node-2")
-    assert not found.whole_cluster, "its workers are placed by node"
+    assert found.workers_by_node == (2, 2)
     assert "without node-1 (10.0.0.1), which computed wrong numbers" in found.reason
 
 

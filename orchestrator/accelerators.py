@@ -47,6 +47,8 @@ class Accelerator:
     backend: str
     """torch.distributed backend."""
     torch_device: str
+    keep_visible: tuple[str, ...]
+    """Environment variables that keep Ray from hiding the devices of a worker that has asked for none."""
     smi: tuple[str, ...]
     """Commands that list the devices; the first one found on PATH tells that a machine has them."""
 
@@ -57,6 +59,7 @@ CUDA = Accelerator(
     visible_devices="CUDA_VISIBLE_DEVICES",
     backend="nccl",
     torch_device="cuda",
+    keep_visible=("RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES",),
     smi=("nvidia-smi",),
 )
 DCU = Accelerator(
@@ -65,9 +68,12 @@ DCU = Accelerator(
     visible_devices="HIP_VISIBLE_DEVICES",
     backend="nccl",
     torch_device="cuda",
+    keep_visible=("RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES", "RAY_EXPERIMENTAL_NOSET_HIP_VISIBLE_DEVICES"),
     smi=("hy-smi", "rocm-smi"),
 )
-CPU = Accelerator(name="cpu", ray_resource="CPU", visible_devices="", backend="gloo", torch_device="cpu", smi=())
+CPU = Accelerator(
+    name="cpu", ray_resource="CPU", visible_devices="", backend="gloo", torch_device="cpu", keep_visible=(), smi=()
+)
 ACCELERATORS = {accelerator.name: accelerator for accelerator in (CUDA, DCU, CPU)}
 
 

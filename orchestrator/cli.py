@@ -148,7 +148,8 @@ def plan(recipe: RecipePath, overrides: Overrides = None, address: Address = Non
     """The layout that training would take on the cluster as it is now, and why others lost."""
     from dataclasses import asdict
 
-    from orchestrator import cluster, supervisor
+    from orchestrator import cluster
+    from orchestrator.capacity import make_plan
     from orchestrator.config import load_recipe
     from orchestrator.hub import pinned
     from orchestrator.runs import run_of
@@ -157,7 +158,7 @@ def plan(recipe: RecipePath, overrides: Overrides = None, address: Address = Non
     loaded = pinned(load_recipe(recipe, overrides or []))
     check_inputs(loaded)
     with cluster.connection(address):
-        found = supervisor.make_plan(run_of(loaded), loaded)
+        found = make_plan(run_of(loaded), loaded)
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=2))
         return
@@ -199,8 +200,8 @@ def logs(
 @app.command()
 def stop(run: RunPath) -> None:
     """Ask a run to commit after the step it is in, and end. `terrane run` goes on from there."""
+    from orchestrator.attempt import request_stop
     from orchestrator.runs import find_run
-    from orchestrator.supervisor import request_stop
 
     request_stop(find_run(run), "terrane stop")
     typer.echo("asked; the workers commit after the step they are in")

@@ -101,6 +101,24 @@ def node_pools() -> list[NodePool]:
     ]
 
 
+def draining() -> dict[str, float]:
+    """Nodes that are about to go, and when, in unix seconds; 0 where that is not known.
+
+    Ray has no public call for this; its own Train watches for preemption in the same way.
+    """
+    import ray
+
+    found = ray._private.state.state.get_draining_nodes()
+    return {node: deadline / 1000 for node, deadline in found.items()}
+
+
+def ask_for(workers: int, resources: dict[str, float]) -> None:
+    """Tell the autoscaler, where there is one, that so many workers want room; none takes it back."""
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=[resources] * workers)
+
+
 def on_node(node_id: str) -> dict[str, str]:
     """Ray's label selector for one node."""
     return {"ray.io/node-id": node_id}

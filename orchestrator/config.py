@@ -94,6 +94,7 @@ MUTABLE = (
     "train.check_every",
     "train.profile",
     "train.max_restarts",
+    "train.standby",
     "train.max_lost_shards",
     "train.quarantine",
     # What these decided for the steps that are done may not change: `resume.check_past` sees to it.

@@ -56,7 +56,9 @@ def wanted_change(
     what = f"{live.workers} -> {candidate.workers} workers, {share:.2f} of the step time (predicted)"
     evicted = sorted(node for node in nodes & slow.keys() if node not in dict(candidate.placement))
     if evicted and drag > 1:
-        return Change(plan=candidate, kind="eviction", reason=f"without {_names(evicted)}, slower by {drag:.2f}: {what}")
+        return Change(
+            plan=candidate, kind="eviction", reason=f"without {_names(evicted)}, slower by {drag:.2f}: {what}"
+        )
     return Change(plan=candidate, kind="resize", reason=what)
 
 

@@ -26,6 +26,21 @@ class PlanError(UserError):
     """No layout of the model fits the devices; the message says what is short and the hint what would do."""
 
 
+class CapacityError(PlanError):
+    """Devices are lacking by their number; waiting may help.
+
+    Args:
+        missing: what is missing, in words.
+    """
+
+    def __init__(self, message: str, hint: str = "", missing: str = "") -> None:
+        super().__init__(message, hint)
+        self.missing = missing
+
+    def __reduce__(self) -> tuple[type["UserError"], tuple[Any, ...]]:
+        return type(self), (self.message, self.hint, self.missing)
+
+
 class StorageError(UserError):
     """A storage URI cannot be read or written as asked."""
 

@@ -8,7 +8,9 @@ from typing import Literal
 Outcome = Literal[
     "finished",
     "stopped",
+    "yielded",
     "worker_lost",
+    "node_lost",
     "shard_lost",
     "checkpoint_damaged",
     "corruption",
@@ -38,6 +40,8 @@ class Ending:
     """The step whose loss was not finite, or jumped."""
     hint: str = ""
     """What its error says to do."""
+    failed_at: float | None = None
+    """When it failed, in unix seconds."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ def decide(endings: list[Ending], max_restarts: int, shard_allowance: int = 0, r
     last = endings[-1]
     if last.outcome in ("finished", "stopped"):
         return Decision("finish", last.outcome)
+    if last.outcome == "yielded":
+        return Decision("restart", f"makes way at step {last.committed_step}: {last.message}")
     if last.outcome == "user_error":
         return Decision("give_up", "a restart would meet it again")
     if last.outcome == "shard_lost":

@@ -115,7 +115,7 @@ class Lease:
         return {node_id: held.ids for node_id, held in self._held.items()}
 
     def poll(self, timeout_s: float) -> list[Report]:
-        """What the agents have to report; waits for it, but no longer than that. Nodes whose agent ended go to `lost`."""
+        """What the agents have to report; waits for it no longer than that. Nodes whose agent ended are `lost`."""
         import ray
 
         waiting = {}

@@ -91,6 +91,11 @@ class RunDir:
         return self.path("suspect_nodes.json")
 
     @property
+    def ray_train(self) -> str:
+        """Ray Train wants a directory of its own; it is empty but for a marker, and deleted."""
+        return self.path("ray_train")
+
+    @property
     def report_html(self) -> str:
         return self.path("report.html")
 

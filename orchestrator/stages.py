@@ -10,6 +10,7 @@ from typing import Any
 
 from orchestrator import cluster, resume, rollback, storage, supervisor
 from orchestrator.accelerators import ACCELERATORS
+from orchestrator.capacity import make_plan
 from orchestrator.config import Recipe
 from orchestrator.console import Console
 from orchestrator.data import pipeline
@@ -137,7 +138,12 @@ class _Session:
             log.info("ray: %s", f"connecting to {self._address}" if self._address else "starting on this machine")
             self._stack.enter_context(cluster.connection(self._address))
             self._connected = True
-            supervisor.make_plan(self.run, self.recipe)
+            make_plan(self.run, self.recipe)
+
+    @property
+    def own_cluster(self) -> bool:
+        """Whether the cluster was started for this command."""
+        return self._address is None
 
     def manifest(self) -> Manifest:
         manifest = load_manifest(self.run.corpus)
@@ -196,7 +202,9 @@ def _train(session: _Session) -> None:
     session.manifest()
     session.connect()
     total = session.recipe.train.steps
-    supervisor.supervise(session.run, session.recipe, lambda record: session.console.step(record, total))
+    supervisor.supervise(
+        session.run, session.recipe, lambda record: session.console.step(record, total), session.own_cluster
+    )
 
 
 # --- export, evaluate -------------------------------------------------------------------------------------------------
@@ -251,7 +259,7 @@ def _evaluate(session: _Session) -> None:
 
     run, step = session.run, _exported_step(session)
     session.connect()
-    accelerator = ACCELERATORS[supervisor.make_plan(run, session.recipe).accelerator]
+    accelerator = ACCELERATORS[make_plan(run, session.recipe).accelerator]
     gpus = 1 if accelerator.ray_resource == "GPU" else 0
     args = (run, session.recipe, session.manifest(), step, accelerator.torch_device)
     result = session.remotely(evaluate, *args, gpus=gpus)

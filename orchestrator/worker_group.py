@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from orchestrator import storage
 from orchestrator.accelerators import ACCELERATORS
 from orchestrator.config import Recipe
 from orchestrator.lease import WORKER_CPUS, Lease
@@ -24,7 +25,7 @@ from orchestrator.runs import RunDir
 log = logging.getLogger(__name__)
 
 ALIKE_S = 30.0
-"""How long after the first rank that raised what all ranks raise alike the others may take to, with a save to finish."""
+"""How long after the first rank that raised what all ranks raise the others may take, with a save to finish."""
 CAUSE_S = 0.3
 """How long after the first sign of an attempt's end others are waited for: a cause may come after its consequence."""
 
@@ -36,7 +37,7 @@ class WorkerGroup:
         plan: where the workers stand. What they do is in the job that they are sent off with.
     """
 
-    def __init__(self, run: RunDir, recipe: Recipe, plan: Plan, lease: Lease) -> None:
+    def __init__(self, run: RunDir, recipe: Recipe, vocab_size: int, plan: Plan, lease: Lease) -> None:
         self.name = uuid.uuid4().hex[:12]
         self.plan = plan
         self._lease = lease
@@ -45,7 +46,9 @@ class WorkerGroup:
         self.errors: dict[int, BaseException] = {}
         self.deaths: dict[int, Report] = {}
         self._ending_since: float | None = None
-        self._fit = _Fit(_trainer(run, recipe, plan, self.name, lease.agents))
+        self._fit = _Fit(
+            _trainer(run, recipe, vocab_size, plan, self.name, lease.agents), storage.join(run.ray_train, self.name)
+        )
         self._fit.start()
 
     def take(self, reports: Iterable[Report]) -> None:
@@ -108,6 +111,10 @@ class WorkerGroup:
         """Send workers home that wait for a job."""
         self._lease.go(self._nodes, self.name, None)
 
+    def unwound(self, timeout_s: float) -> bool:
+        """Whether Ray Train has cleared away after the group; waits for it no longer than that."""
+        return self._fit.ended.wait(timeout_s)
+
     def fit_error(self, timeout_s: float) -> Exception | None:
         """What Ray Train has to say of the end, if it says it in time."""
         self._fit.ended.wait(timeout_s)
@@ -121,9 +128,10 @@ class WorkerGroup:
 class _Fit(threading.Thread):
     """Wait on `ended`, not in `join`: Python 3.11 takes a thread for dead when Ctrl-C comes during its join."""
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Any, folder: str) -> None:
         super().__init__(name="ray-train", daemon=True)
         self._trainer = trainer
+        self._folder = folder
         self.error: Exception | None = None
         self.ended = threading.Event()
 
@@ -133,33 +141,40 @@ class _Fit(threading.Thread):
         except Exception as error:  # judged with the agents' reports: this is the one place where it is caught
             self.error = error
         finally:
+            storage.delete(self._folder)
             self.ended.set()
 
 
-def _trainer(run: RunDir, recipe: Recipe, plan: Plan, name: str, agents: Mapping[str, Any]) -> Any:
+def _trainer(run: RunDir, recipe: Recipe, vocab_size: int, plan: Plan, name: str, agents: Mapping[str, Any]) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from orchestrator.train.worker import Waiting, train_worker, waiting_values
+    from orchestrator.train.worker import Waiting, train_worker
 
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # the supervisor looks for itself
     accelerator = ACCELERATORS[plan.accelerator]
     where = [{"ray.io/node-id": node} for node, workers in plan.placement for _ in range(workers)]
     waiting = Waiting(
-        run=run.uri, group=name, accelerator=plan.accelerator, agents=dict(agents), cpus=recipe.train.cpus_per_worker
+        recipe=recipe.model_dump(mode="json"),
+        vocab_size=vocab_size,
+        group=name,
+        accelerator=plan.accelerator,
+        agents=dict(agents),
     )
     return TorchTrainer(
         train_worker,
-        train_loop_config=waiting_values(waiting),
+        train_loop_config=vars(waiting),
         torch_config=TorchConfig(backend=accelerator.backend),
         scaling_config=ScalingConfig(
             num_workers=plan.workers, resources_per_worker={"CPU": WORKER_CPUS}, label_selector=where
         ),
         run_config=RunConfig(
             name=name,
-            storage_path=run.path("ray_train"),
-            worker_runtime_env={"env_vars": dict.fromkeys(accelerator.keep_visible, "1")},
+            storage_path=run.ray_train,
+            worker_runtime_env={"env_vars": dict.fromkeys(accelerator.keep_visible, "1")}
+            if accelerator.keep_visible
+            else None,
             failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
         ),
     )

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import pickle
 import signal
 import socket
 import time
@@ -43,6 +44,8 @@ class Job:
     """What every step consumes."""
     resume: dict[str, Any] | None
     """The commit to go on from."""
+    devices: dict[str, list[int]]
+    """Ids of the run's GPUs by node id."""
 
     def commit(self) -> Commit | None:
         if self.resume is None:
@@ -50,14 +53,92 @@ class Job:
         return Commit(**{**self.resume, "position": Position(**self.resume["position"])})
 
 
+@dataclass(frozen=True, kw_only=True)
+class Waiting:
+    """What a worker is told before it has a job."""
+
+    recipe: dict[str, Any]
+    vocab_size: int
+    group: str
+    accelerator: str
+    agents: dict[str, Any]
+    """Handle of the agent by node id."""
+
+
 def train_worker(values: dict[str, Any]) -> None:
-    """Ray Train calls it in every worker of an attempt. It returns at the last step, or early when asked to stop."""
-    job = Job(**values)
+    """Ray Train calls it in every worker. It makes ready, waits for its job, and returns at the last step, or when
+    asked to."""
+    waiting = Waiting(**values)
+    rank, agent = _ray_rank(), _Agent(waiting)
+    agent.register()
+    accelerator = accelerators.ACCELERATORS[waiting.accelerator]
+    accelerators.prepare_process(accelerator)
+    _warm_up(waiting, accelerator)
+    found = agent.job()
+    if found is None:
+        return
+    job = Job(**found)
     recipe, plan, run = Recipe.model_validate(job.recipe), Plan(**job.plan), RunDir(job.run)
-    rank = _ray_rank()
-    with _log_file(run, job.attempt, rank):
-        accelerators.prepare_process(accelerators.ACCELERATORS[plan.accelerator])
+    with agent.told_of_the_end(), _log_file(run, job.attempt, rank):
+        _take_device(job, plan)
         _train(job, recipe, plan, run, rank)
+
+
+def _warm_up(waiting: Waiting, accelerator: accelerators.Accelerator) -> None:
+    from orchestrator.train.warm_up import warm_up
+
+    warm_up(Recipe.model_validate(waiting.recipe), waiting.vocab_size, accelerator)
+
+
+def _take_device(job: Job, plan: Plan) -> None:
+    """Of the node's devices the one that is this worker's; DeepSpeed goes by LOCAL_RANK."""
+    if accelerators.ACCELERATORS[plan.accelerator].ray_resource != "GPU":
+        return
+    import ray.train
+    import torch
+
+    device = job.devices[_ray_node()][ray.train.get_context().get_local_rank()]
+    os.environ["LOCAL_RANK"] = str(device)
+    torch.cuda.set_device(device)
+
+
+class _Agent:
+    """This worker's line to the agent of its node."""
+
+    def __init__(self, waiting: Waiting) -> None:
+        self._agent = waiting.agents[_ray_node()]
+        self._who = (waiting.group, _ray_rank())
+
+    def register(self) -> None:
+        self._call("register", os.getpid())
+
+    def job(self) -> dict[str, Any] | None:
+        """Wait for it. None: go home."""
+        found: dict[str, Any] | None = self._call("arrive")
+        return found
+
+    @contextlib.contextmanager
+    def told_of_the_end(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            self._call("failed", portable(error))
+            raise
+        self._call("finished")
+
+    def _call(self, method: str, *args: Any) -> Any:
+        import ray
+
+        return ray.get(getattr(self._agent, method).remote(*self._who, *args))
+
+
+def portable(error: BaseException) -> BaseException:
+    """The error, or its words where it cannot cross process borders."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def _train(job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int) -> None:
@@ -299,7 +380,3 @@ def _log_file(run: RunDir, attempt: int, rank: int) -> Iterator[None]:
     finally:
         root.removeHandler(handler)
         out.close()
-
-
-def job_values(job: Job) -> dict[str, Any]:
-    return asdict(job)

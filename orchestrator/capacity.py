@@ -1,0 +1,155 @@
+"""What the cluster has for a run at present: a plan for it, held by the lease, and the waiting where there is none."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection
+from dataclasses import replace
+
+from orchestrator import cluster, storage, suspects
+from orchestrator.accelerators import ACCELERATORS, NodePool
+from orchestrator.config import Recipe
+from orchestrator.data import tokenizer
+from orchestrator.data.manifest import load_manifest
+from orchestrator.elastic import Change, wanted_change
+from orchestrator.errors import CapacityError, Interrupted, RunFailed
+from orchestrator.lease import Lease, NodesBusy
+from orchestrator.planning.search import Plan
+from orchestrator.planning.shape import model_shape
+from orchestrator.runs import RunDir
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 2.0
+"""Between two looks at the cluster."""
+AVOID_S = 15.0
+"""How long a node is left out after its agent has ended, or others turned out to have its devices."""
+CHANGE_S = 5.0
+"""Without a step, for a change whose workers stand ready: a checkpoint, the load, the first batch."""
+OWN_CLUSTER_S = 60.0
+"""How long a cluster that was started for this command alone is given to come back."""
+
+
+def make_plan(run: RunDir, recipe: Recipe, without: Collection[str] = (), prefer: Collection[str] = ()) -> Plan:
+    """The plan for the nodes alive now.
+
+    Args:
+        without: ids of nodes to leave out.
+        prefer: ids of nodes to take before others.
+    """
+    manifest = load_manifest(run.corpus)
+    vocab_size = manifest.vocab_size if manifest else tokenizer.planned_vocabulary(recipe)
+    pools = _without(cluster.node_pools(), without)
+    return suspects.plan_around(run, recipe, model_shape(recipe, vocab_size), pools, frozenset(prefer))
+
+
+class Capacity:
+    """
+    Args:
+        own_cluster: whether the cluster is this command's own, so that nobody will add nodes to it.
+    """
+
+    def __init__(self, run: RunDir, recipe: Recipe, lease: Lease, own_cluster: bool) -> None:
+        self._run = run
+        self._recipe = recipe
+        self._lease = lease
+        self._patience_s = OWN_CLUSTER_S if own_cluster else None
+        self._busy: dict[str, float] = {}
+        self._accelerator = ""
+
+    def plan(self) -> Plan:
+        """The best plan for what is there, held; waits until there is one.
+
+        Raises:
+            PlanError: more devices would not help.
+            RunFailed: none will come.
+            Interrupted: the run was asked to stop meanwhile.
+        """
+        began = time.monotonic()
+        missing = ""
+        while True:
+            try:
+                chosen = self.hold(self._best(frozenset(self._lease.agents)))
+                break
+            except CapacityError as lacking:
+                missing = self._wait(began, missing, lacking)
+        if missing:
+            self._ask_for(0)
+            self._run.log_event("waited", seconds=round(time.monotonic() - began, 3))
+        self._lease.keep(chosen.node_ids)
+        self._accelerator = chosen.accelerator
+        return chosen
+
+    def hold(self, chosen: Plan) -> Plan:
+        """
+        Raises:
+            CapacityError: others have the devices.
+        """
+        try:
+            self._lease.hold(chosen, self._recipe.train.cpus_per_worker)
+        except NodesBusy as busy:
+            self._busy |= dict.fromkeys(busy.node_ids, time.monotonic())
+            raise CapacityError(str(busy), "wait, or free them", missing=str(busy)) from None
+        return chosen
+
+    def change(self, live: Plan, step_s: float, steps_left: int, slow: dict[str, float]) -> Change | None:
+        """What should take the place of a live plan, if anything.
+
+        Args:
+            slow: by how many times nodes of the plan are slower than their like.
+        """
+        leaving = cluster.draining()
+        nodes = dict(live.placement)
+        if not slow and not nodes.keys() & leaving.keys() and self._nothing_new(nodes):
+            return None
+        kept = nodes.keys() - slow.keys()
+        try:
+            candidate = self._best(kept, slow)
+        except CapacityError as lacking:
+            if nodes.keys() & leaving.keys():
+                return Change(plan=live, kind="drain", reason=f"its nodes will go: {lacking.missing}")
+            return None
+        return wanted_change(
+            live,
+            candidate,
+            leaving=leaving,
+            slow=slow,
+            step_s=step_s,
+            steps_left=steps_left,
+            change_s=CHANGE_S,
+        )
+
+    def _nothing_new(self, known: Collection[str]) -> bool:
+        return all(node.id in known for pool in cluster.node_pools() for node in pool.nodes)
+
+    def _best(self, prefer: Collection[str], slow: Collection[str] = ()) -> Plan:
+        now = time.monotonic()
+        shunned = {**self._lease.lost, **self._busy}
+        recent = {node for node, since in shunned.items() if now < since + AVOID_S}
+        return make_plan(self._run, self._recipe, {*recent, *cluster.draining(), *slow}, prefer)
+
+    def _ask_for(self, workers: int) -> None:
+        """Tell an autoscaler, once it is known what devices the run is on."""
+        if self._accelerator:
+            resource = ACCELERATORS[self._accelerator].ray_resource
+            each = self._recipe.train.cpus_per_worker if resource == "CPU" else 1
+            cluster.ask_for(workers, {resource: each})
+
+    def _wait(self, began: float, before: str, lacking: CapacityError) -> str:
+        """Say what is missing where that is news, and wait for a moment. Returns what was said."""
+        if lacking.missing != before:
+            log.warning("waiting for capacity: %s", lacking.missing)
+            self._run.log_event("waiting", missing=lacking.missing)
+            self._ask_for(self._recipe.train.workers.min)
+        if self._patience_s is not None and time.monotonic() > began + self._patience_s:
+            raise RunFailed(lacking.message, lacking.hint)
+        if storage.exists(self._run.stop_request):
+            raise Interrupted("stopped while it waited for capacity", "run the same command")
+        time.sleep(min(LOOK_S, 0.2 + (time.monotonic() - began) / 10))
+        return lacking.missing
+
+
+def _without(pools: list[NodePool], node_ids: Collection[str]) -> list[NodePool]:
+    kept = [replace(pool, nodes=tuple(n for n in pool.nodes if n.id not in node_ids)) for pool in pools]
+    return [pool for pool in kept if pool.nodes]

@@ -1,0 +1,81 @@
+"""The next attempt's workers, started while the present attempt still runs."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+from orchestrator import storage
+from orchestrator.config import Recipe
+from orchestrator.lease import Lease
+from orchestrator.node_agent import Report
+from orchestrator.planning.search import Plan
+from orchestrator.runs import RunDir
+from orchestrator.worker_group import WorkerGroup
+
+log = logging.getLogger(__name__)
+
+AGAIN_S = 30.0
+"""After a group that came to nothing, before the next is started."""
+UNWIND_S = 15.0
+"""How long Ray Train is given, at the end of a command, to clear away after its worker groups."""
+
+
+class Standby:
+    """Holds one group at most, and knows all that were started, to end them."""
+
+    def __init__(self, run: RunDir, recipe: Recipe, vocab_size: int, lease: Lease) -> None:
+        self._run = run
+        self._recipe = recipe
+        self._vocab_size = vocab_size
+        self._lease = lease
+        self._group: WorkerGroup | None = None
+        self._started: list[WorkerGroup] = []
+        self._not_before = 0.0
+
+    def prepare(self, plan: Plan) -> None:
+        """See that a group for a plan stands ready, or will."""
+        if self._group and self._group.fits(plan):
+            return
+        if self._group and self._group.broken:
+            self._not_before = time.monotonic() + AGAIN_S
+        self.dismiss()
+        if time.monotonic() >= self._not_before:
+            self._group = self._start(plan)
+
+    def ready(self, plan: Plan) -> bool:
+        return self._group is not None and self._group.fits(plan) and self._group.ready
+
+    def take(self, plan: Plan) -> tuple[WorkerGroup, bool]:
+        """The group of the attempt to come, and whether it stands ready; one that stands elsewhere is sent home."""
+        if self._group and self._group.fits(plan):
+            group, self._group = self._group, None
+            return group, group.ready
+        self.dismiss()
+        return self._start(plan), False
+
+    def note(self, reports: Sequence[Report]) -> None:
+        if self._group:
+            self._group.take(reports)
+
+    def dismiss(self) -> None:
+        """Send a waiting group home."""
+        if self._group:
+            self._group.dismiss()
+            self._group = None
+
+    def close(self) -> None:
+        """Return when none of the groups that were started is left."""
+        self.dismiss()
+        end = time.monotonic() + UNWIND_S
+        for group in self._started:
+            if not group.unwound(max(0.0, end - time.monotonic())):
+                group.end()
+        storage.delete(self._run.ray_train)
+
+    def _start(self, plan: Plan) -> WorkerGroup:
+        self._started = [group for group in self._started if not group.unwound(0)]
+        group = WorkerGroup(self._run, self._recipe, self._vocab_size, plan, self._lease)
+        self._started.append(group)
+        return group

@@ -1,0 +1,22 @@
+"""What a worker does before it has a job, so that none of it comes between a failure and the next step.
+
+Nothing here takes memory of a device: the attempt before may still be running on it.
+"""
+
+from __future__ import annotations
+
+from orchestrator.accelerators import Accelerator
+from orchestrator.config import Recipe
+
+
+def warm_up(recipe: Recipe, vocab_size: int, accelerator: Accelerator) -> None:
+    """Import what training needs, have DeepSpeed take up the process group, and run a first execution of Ray Data."""
+    import ray.data
+
+    from orchestrator.data.transport import quiet_ray_data
+    from orchestrator.train import engine, integrity, models, saver, weights, zero  # noqa: F401
+
+    zero.attach(accelerator.backend)
+    models.meta_model(models.model_config(recipe.model, vocab_size, recipe.train.sequence_length))
+    quiet_ray_data()
+    ray.data.range(1, override_num_blocks=1).take_all()

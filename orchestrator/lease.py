@@ -112,7 +112,8 @@ class Lease:
 
     @property
     def device_ids(self) -> dict[str, list[int]]:
-        return {node_id: held.ids for node_id, held in self._held.items()}
+        """Of the GPUs held, by node id."""
+        return {node_id: held.ids for node_id, held in self._held.items() if held.ids}
 
     def poll(self, timeout_s: float) -> list[Report]:
         """What the agents have to report; waits for it no longer than that. Nodes whose agent ended are `lost`."""

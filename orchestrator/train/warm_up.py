@@ -13,7 +13,7 @@ def warm_up(recipe: Recipe, vocab_size: int, accelerator: Accelerator) -> None:
     """Import what training needs, have DeepSpeed take up the process group, and run a first execution of Ray Data."""
     import ray.data
 
-    from orchestrator.data.transport import quiet_ray_data
+    from orchestrator.data.tasks import quiet_ray_data
     from orchestrator.train import engine, integrity, models, saver, weights, zero  # noqa: F401
 
     zero.attach(accelerator.backend)

@@ -71,17 +71,16 @@ def train_worker(values: dict[str, Any]) -> None:
     waiting = Waiting(**values)
     rank, agent = _ray_rank(), _Agent(waiting)
     agent.register()
-    accelerator = accelerators.ACCELERATORS[waiting.accelerator]
-    accelerators.prepare_process(accelerator)
-    _warm_up(waiting, accelerator)
-    found = agent.job()
-    if found is None:
-        return
-    job = Job(**found)
-    recipe, plan, run = Recipe.model_validate(job.recipe), Plan(**job.plan), RunDir(job.run)
-    with agent.told_of_the_end(), _log_file(run, job.attempt, rank):
-        _take_device(job, plan)
-        _train(job, recipe, plan, run, rank)
+    with agent.told_of_the_end():
+        accelerator = accelerators.ACCELERATORS[waiting.accelerator]
+        accelerators.prepare_process(accelerator)
+        _warm_up(waiting, accelerator)
+        job = agent.job()
+        if job:
+            run = RunDir(job.run)
+            with _log_file(run, job.attempt, rank):
+                _take_device(job)
+                _train(job, Recipe.model_validate(job.recipe), Plan(**job.plan), run, rank)
 
 
 def _warm_up(waiting: Waiting, accelerator: accelerators.Accelerator) -> None:
@@ -90,9 +89,9 @@ def _warm_up(waiting: Waiting, accelerator: accelerators.Accelerator) -> None:
     warm_up(Recipe.model_validate(waiting.recipe), waiting.vocab_size, accelerator)
 
 
-def _take_device(job: Job, plan: Plan) -> None:
+def _take_device(job: Job) -> None:
     """Of the node's devices the one that is this worker's; DeepSpeed goes by LOCAL_RANK."""
-    if accelerators.ACCELERATORS[plan.accelerator].ray_resource != "GPU":
+    if not job.devices:
         return
     import ray.train
     import torch
@@ -112,10 +111,10 @@ class _Agent:
     def register(self) -> None:
         self._call("register", os.getpid())
 
-    def job(self) -> dict[str, Any] | None:
+    def job(self) -> Job | None:
         """Wait for it. None: go home."""
-        found: dict[str, Any] | None = self._call("arrive")
-        return found
+        found = self._call("arrive")
+        return Job(**found) if found else None
 
     @contextlib.contextmanager
     def told_of_the_end(self) -> Iterator[None]:

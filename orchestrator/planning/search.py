@@ -61,6 +61,11 @@ class Plan:
         """(node id, workers there), in the order of their ranks."""
         return tuple(zip(self.node_ids, self.workers_by_node, strict=True))
 
+    @property
+    def in_full(self) -> str:
+        """What it runs as and where: two plans with the same words are the same."""
+        return f"{self} on {', '.join(f'{node_id[:12]} ({count})' for node_id, count in self.placement)}"
+
     def coordinates(self, rank: int) -> tuple[int, int, int]:
         """(pipeline stage, data-parallel rank, tensor-parallel rank) of a worker: those of a tensor-parallel group are
         neighbours."""

@@ -255,7 +255,8 @@ class _Sign:
 
 
 _FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
-_STORAGE_ERRNOS = (errno.EIO, errno.ESTALE, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENODEV, errno.ENXIO)
+_STORAGE_ERRNOS = (errno.EIO, errno.ESTALE, errno.EROFS, errno.ENODEV, errno.ENXIO)
+_REFUSED_ERRNOS = (errno.EACCES, errno.EPERM)
 _NETWORK_ERRNOS = (errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EHOSTDOWN)
 
 
@@ -302,6 +303,19 @@ _SIGNS = (
         errnos=frozenset(_FULL_ERRNOS),
         words=tuple(os.strerror(number) for number in _FULL_ERRNOS),
         telling="the disk is full: ",
+    ),
+    _Sign(
+        outcome="error",  # no wait makes it right: the second time the run stops
+        errnos=frozenset(_REFUSED_ERRNOS),
+        words=(
+            *_said(*_REFUSED_ERRNOS),
+            "An error occurred (AccessDenied)",
+            "An error occurred (InvalidAccessKeyId)",
+            "An error occurred (SignatureDoesNotMatch)",
+            "An error occurred (NoSuchBucket)",
+            "Unable to locate credentials",
+        ),
+        telling="access refused: ",
     ),
     _Sign(
         outcome="storage",

@@ -226,7 +226,6 @@ class SaveFailed(Exception):
     [
         os_error(errno.EIO),
         os_error(errno.ESTALE),
-        PermissionError(errno.EACCES, "Permission denied", "/shared/run"),
         SaveFailed("rank 0: SomeError: which nobody knows"),
         SaveFailed("rank 1: ClientError: An error occurred (SlowDown) when calling the PutObject operation: Please"),
         SaveFailed('rank 1: EndpointConnectionError: Could not connect to the endpoint URL: "http://10.0.0.1:9000/b"'),
@@ -236,6 +235,21 @@ class SaveFailed(Exception):
 )
 def test_errors_of_storage_are_known(error: BaseException) -> None:
     assert outcome(error) == outcome(RuntimeError(f"x: {type(error).__name__}: {error}"), error) == "storage"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(errno.EACCES, "Permission denied", "/shared/run"),
+        SaveFailed("rank 1: ClientError: An error occurred (AccessDenied) when calling the PutObject operation: no"),
+        SaveFailed("rank 1: NoCredentialsError: Unable to locate credentials"),
+    ],
+    ids=lambda error: str(error)[:40],
+)
+def test_a_storage_that_refuses_is_not_waited_for(error: BaseException) -> None:
+    verdict = judge(Evidence(errors={0: CLOSED, 1: error}))
+    assert (verdict.outcome, verdict.ranks) == ("error", (1,))
+    assert verdict.message.startswith("rank 1: access refused: ")
 
 
 def test_the_name_of_a_failed_save_is_the_one_that_is_raised() -> None:

@@ -15,6 +15,7 @@ from orchestrator.data.manifest import load_manifest
 from orchestrator.elastic import Change, wanted_change
 from orchestrator.errors import CapacityError, Interrupted, RunFailed
 from orchestrator.lease import Lease, NodesBusy
+from orchestrator.planning.past import NOTHING, Past, learned
 from orchestrator.planning.search import Plan
 from orchestrator.planning.shape import model_shape
 from orchestrator.runs import RunDir
@@ -31,17 +32,25 @@ OWN_CLUSTER_S = 60.0
 """How long a cluster that was started for this command alone is given to come back."""
 
 
-def make_plan(run: RunDir, recipe: Recipe, without: Collection[str] = (), prefer: Collection[str] = ()) -> Plan:
+def make_plan(
+    run: RunDir,
+    recipe: Recipe,
+    without: Collection[str] = (),
+    prefer: Collection[str] = (),
+    past: Past | None = None,
+) -> Plan:
     """The plan for the nodes alive now.
 
     Args:
         without: ids of nodes to leave out.
         prefer: ids of nodes to take before others.
+        past: what the run's attempts have taught, where it is known already; read from its events otherwise.
     """
     manifest = load_manifest(run.corpus)
     vocab_size = manifest.vocab_size if manifest else tokenizer.planned_vocabulary(recipe)
     pools = _without(cluster.node_pools(), without)
-    return suspects.plan_around(run, recipe, model_shape(recipe, vocab_size), pools, frozenset(prefer))
+    shape = model_shape(recipe, vocab_size)
+    return suspects.plan_around(run, recipe, shape, pools, frozenset(prefer), past or learned(run.events()))
 
 
 class Capacity:
@@ -57,6 +66,7 @@ class Capacity:
         self._patience_s = OWN_CLUSTER_S if own_cluster else None
         self._busy: dict[str, float] = {}
         self._accelerator = ""
+        self._past = NOTHING
 
     def plan(self) -> Plan:
         """The best plan for what is there, held; waits until there is one.
@@ -67,6 +77,7 @@ class Capacity:
             Interrupted: the run was asked to stop meanwhile.
         """
         began = time.monotonic()
+        self._past = learned(self._run.events())
         missing = ""
         while True:
             try:
@@ -127,7 +138,7 @@ class Capacity:
         now = time.monotonic()
         shunned = {**self._lease.lost, **self._busy}
         recent = {node for node, since in shunned.items() if now < since + AVOID_S}
-        return make_plan(self._run, self._recipe, {*recent, *cluster.draining(), *slow}, prefer)
+        return make_plan(self._run, self._recipe, {*recent, *cluster.draining(), *slow}, prefer, self._past)
 
     def _ask_for(self, workers: int) -> None:
         """Tell an autoscaler, once it is known what devices the run is on."""

@@ -27,10 +27,10 @@ class PlanError(UserError):
 
 
 class CapacityError(PlanError):
-    """Devices are lacking by their number; waiting may help.
+    """Only the number of devices is short: a plan could be made if more were there.
 
     Args:
-        missing: what is missing, in words.
+        missing: what is short, as in "2 more devices: 2 of the 4 that train.workers.min asks for are there".
     """
 
     def __init__(self, message: str, hint: str = "", missing: str = "") -> None:
@@ -43,6 +43,10 @@ class CapacityError(PlanError):
 
 class StorageError(UserError):
     """A storage URI cannot be read or written as asked."""
+
+
+class LastingStorageError(StorageError):
+    """It stays so however often it is tried: something else is to be asked for."""
 
 
 class ShardLost(StorageError):
@@ -96,6 +100,10 @@ class SilentCorruption(UserError):
 
 class DataOrderError(Exception):
     """Other samples arrived than the schedule says. They are refused; the attempt ends, the next reads them anew."""
+
+
+class PeerFailed(Exception):
+    """Another rank has failed, and says itself why; this one cannot go on without it."""
 
 
 class RunFailed(UserError):

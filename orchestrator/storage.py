@@ -24,7 +24,7 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import IO, Any
 
-from orchestrator.errors import StorageError
+from orchestrator.errors import LastingStorageError, StorageError
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def join(uri: str, *parts: str) -> str:
 def absolute(uri: str) -> str:
     """The URI as other nodes and other working directories can use it."""
     if "://" in uri and not is_s3(uri):
-        raise StorageError(f"storage {uri!r} has an unknown scheme", "use a local path or s3://bucket/prefix")
+        raise LastingStorageError(f"storage {uri!r} has an unknown scheme", "use a local path or s3://bucket/prefix")
     try:
         return uri.rstrip("/") if is_s3(uri) else str(Path(uri).expanduser().resolve())
     except (RuntimeError, ValueError, OSError) as error:
@@ -409,7 +409,7 @@ def _s3() -> Any:
 def _split(uri: str) -> tuple[str, str]:
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     if not bucket:
-        raise StorageError(f"{uri!r} names no bucket", "write it as s3://bucket/prefix")
+        raise LastingStorageError(f"{uri!r} names no bucket", "write it as s3://bucket/prefix")
     return bucket, key
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from contextlib import closing
 from dataclasses import asdict
 from typing import Any
@@ -79,7 +80,7 @@ def supervise(run: RunDir, recipe: Recipe, on_step: OnStep, own_cluster: bool = 
                 on_step,
             )
             evidence = attempt.follow()
-            ending = _ending(run, recipe, number, resume, attempt.last_step, evidence)
+            ending = _ending(run, recipe, number, chosen, resume, attempt.last_step, evidence)
             endings.append(ending)
             _act(run, recipe, ending, _decide(run, recipe, manifest, endings))
 
@@ -128,7 +129,7 @@ def _job(
 
 
 def _ending(
-    run: RunDir, recipe: Recipe, number: int, resume: Commit | None, last_step: int, evidence: Evidence
+    run: RunDir, recipe: Recipe, number: int, chosen: Plan, resume: Commit | None, last_step: int, evidence: Evidence
 ) -> Ending:
     """What an attempt's end was, put on record."""
     verdict = judge(evidence)
@@ -155,6 +156,7 @@ def _ending(
         failed_step=cause.step if isinstance(cause, StepFailed) else 0,
         hint=cause.hint if cause else "",
         failed_at=evidence.failed_at,
+        plan=chosen.in_full,
     )
     run.log_event("attempt_ended", **asdict(ending))
     return ending
@@ -171,7 +173,7 @@ def _decide(run: RunDir, recipe: Recipe, manifest: Manifest, endings: list[Endin
         shard_allowance=recipe.train.max_lost_shards - len(lost_shards(run)),
         rollback_allowance=recipe.train.spikes.max_rollbacks - len(run.rollbacks()),
     )
-    run.log_event("decided", attempt=last.attempt, action=decision.action, reason=decision.reason)
+    run.log_event("decided", attempt=last.attempt, **asdict(decision))
     return decision
 
 
@@ -196,6 +198,19 @@ def _act(run: RunDir, recipe: Recipe, ending: Ending, decision: Decision) -> Non
             rollback.roll_back(run, recipe, ending.attempt, ending.failed_step)
         if ending.outcome == "yielded":
             storage.delete(run.stop_request)
+        _wait(run, decision.wait_s)
+
+
+def _wait(run: RunDir, wait_s: float) -> None:
+    """
+    Raises:
+        Interrupted: the run was asked to stop meanwhile.
+    """
+    end = time.monotonic() + wait_s
+    while (left_s := end - time.monotonic()) > 0:
+        if storage.exists(run.stop_request):
+            raise Interrupted("stopped before the next attempt; all is committed", "run the same command")
+        time.sleep(min(left_s, 2.0))
 
 
 def _as_json(chosen: Plan) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from orchestrator.accelerators import NodePool
 from orchestrator.config import Recipe
 from orchestrator.errors import PlanError, SilentCorruption
+from orchestrator.planning.past import NOTHING, Past
 from orchestrator.planning.search import Plan, plan
 from orchestrator.planning.shape import ModelShape
 from orchestrator.runs import RunDir
@@ -48,12 +49,17 @@ def in_words(node: dict[str, Any]) -> str:
 
 
 def plan_around(
-    run: RunDir, recipe: Recipe, shape: ModelShape, pools: list[NodePool], prefer: Set[str] = frozenset()
+    run: RunDir,
+    recipe: Recipe,
+    shape: ModelShape,
+    pools: list[NodePool],
+    prefer: Set[str] = frozenset(),
+    past: Past = NOTHING,
 ) -> Plan:
     """The plan without the nodes that were named often, or with them where there is none without.
 
     Args:
-        prefer: ids of nodes to place workers on before others.
+        prefer, past: as `plan` takes them.
 
     Raises:
         PlanError: no layout fits.
@@ -61,19 +67,16 @@ def plan_around(
     named = {node["node_id"] for node in read(run) if sum(v["sure"] for v in node["verdicts"]) >= VERDICTS}
     out = [node for pool in pools for node in pool.nodes if node.id in named]
     if not out:
-        return plan(recipe, shape, pools, prefer)
+        return plan(recipe, shape, pools, prefer, past)
     names = ", ".join(f"{node.id[:12]} ({node.address})" for node in out)
     try:
-        found = plan(recipe, shape, _without(pools, named), prefer)
+        found = plan(recipe, shape, _without(pools, named), prefer, past)
     except PlanError as error:
         log.warning("the run goes on with nodes that computed wrong numbers, %s: %s", names, error.message)
-        return plan(recipe, shape, pools, prefer)
+        return plan(recipe, shape, pools, prefer, past)
     return replace(found, reason=f"{found.reason}; without {names}, which computed wrong numbers")
 
 
 def _without(pools: list[NodePool], named: set[str]) -> list[NodePool]:
     kept = [replace(pool, nodes=tuple(node for node in pool.nodes if node.id not in named)) for pool in pools]
-    kept = [pool for pool in kept if pool.nodes]
-    if not kept:
-        raise PlanError("no other node is there")
-    return kept
+    return [pool for pool in kept if pool.nodes]

@@ -45,8 +45,9 @@ class LayoutConfig(Section):
     and 1 under tensor or pipeline parallelism."""
     offload: bool = False
     """Keep the optimizer's state in host memory."""
-    recompute: bool = False
-    """Keep only the inputs of decoder blocks for the backward pass, and compute the rest again."""
+    recompute: bool | None = None
+    """Keep only the inputs of decoder blocks for the backward pass, and compute the rest again. Without it, where
+    nothing fits otherwise."""
 
     @property
     def devices(self) -> int:

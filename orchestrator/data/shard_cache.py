@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator import storage
-from orchestrator.errors import ShardLost, StorageError
+from orchestrator.errors import LastingStorageError, ShardLost, StorageError
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,9 @@ def node_cache() -> ShardCache:
     chosen = os.environ.get(FOLDER_VARIABLE)
     folder = Path(storage.absolute(chosen)) if chosen else Path(tempfile.gettempdir(), f"terrane-cache-{os.getuid()}")
     if chosen and storage.is_s3(chosen):
-        raise StorageError(f"{FOLDER_VARIABLE}={chosen} is no folder", "set it to a folder on a disk of this node")
+        raise LastingStorageError(
+            f"{FOLDER_VARIABLE}={chosen} is no folder", "set it to a folder on a disk of this node"
+        )
     with _folder_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
         disk = shutil.disk_usage(folder).free + sum(file.bytes for file in _shard_files(folder))
@@ -98,7 +100,7 @@ class ShardCache:
         if _used(path, size):
             return path
         if size > self._max_bytes:
-            raise StorageError(
+            raise LastingStorageError(
                 f"shard {uri} has {_gib(size)}, and the shard cache {self._folder} may hold {_gib(self._max_bytes)}",
                 f"raise {BOUND_VARIABLE}, or set {FOLDER_VARIABLE} to a folder on a larger disk",
             )
@@ -310,7 +312,9 @@ def _gib_asked() -> float:
     with contextlib.suppress(ValueError):
         if float(text) > 0:
             return float(text)
-    raise StorageError(f"{BOUND_VARIABLE}={text!r} is no positive number", "set it to the GiB that shards may take")
+    raise LastingStorageError(
+        f"{BOUND_VARIABLE}={text!r} is no positive number", "set it to the GiB that shards may take"
+    )
 
 
 def _gib(size: int) -> str:

@@ -23,7 +23,7 @@ from ray.data.datasource import ReadTask
 from orchestrator.data.manifest import load_manifest
 from orchestrator.data.schedule import Role, Schedule
 from orchestrator.data.shards import ShardReader
-from orchestrator.errors import StorageError
+from orchestrator.errors import LastingStorageError, StorageError
 
 REST_S = 0.25
 BUSY_REST_S = 0.005
@@ -87,7 +87,7 @@ def unpacked(block: pa.Table) -> tuple[np.ndarray, np.ndarray]:
 def _reader(corpus: str, hash_: str) -> ShardReader:
     manifest = load_manifest(corpus)
     if manifest is None or manifest.hash != hash_:
-        raise StorageError(f"the corpus {corpus} has changed under the run", "put it back, or use --start-over")
+        raise LastingStorageError(f"the corpus {corpus} has changed under the run", "put it back, or use --start-over")
     reader: ShardReader = manifest.reader(corpus, "train")
     return reader
 

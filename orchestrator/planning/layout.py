@@ -36,7 +36,8 @@ class Layout:
 
 
 def layout_of(train: TrainConfig, shape: ModelShape, dtype: str) -> Layout:
-    """
+    """Without recomputation where the recipe leaves that open.
+
     Raises:
         PlanError: the model cannot be cut like that, or DeepSpeed cannot train it so.
     """
@@ -50,7 +51,7 @@ def layout_of(train: TrainConfig, shape: ModelShape, dtype: str) -> Layout:
         layers_per_stage=_layers_per_stage(asked, shape.layers),
         zero_stage=_zero_stage(asked, dtype),
         offload=asked.offload,
-        recompute=asked.recompute,
+        recompute=bool(asked.recompute),
     )
 
 

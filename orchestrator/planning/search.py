@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, fields, replace
 
 from orchestrator.accelerators import NodePool
@@ -12,8 +12,10 @@ from orchestrator.data.schedule import Role
 from orchestrator.errors import PlanError
 from orchestrator.planning.layout import Layout, layout_of, why_zero_stage
 from orchestrator.planning.memory import Memory, worker_memory
+from orchestrator.planning.past import MARGIN, NOTHING, Past
 from orchestrator.planning.placement import Room, place, rooms
 from orchestrator.planning.shape import ModelShape
+from orchestrator.planning.shortage import Shortage, capacity_error, check_workers, fewest_replicas, memory_hint
 from orchestrator.planning.throughput import PLATFORMS, step_time_s
 from orchestrator.train_config import TrainConfig
 
@@ -46,6 +48,8 @@ class Plan:
     parameters: int
     memory_bytes: int
     """Predicted, a worker."""
+    available_bytes: int = 0
+    """That a worker has."""
     step_time_s: float
     """Predicted."""
     reason: str = ""
@@ -60,6 +64,11 @@ class Plan:
     def placement(self) -> tuple[tuple[str, int], ...]:
         """(node id, workers there), in the order of their ranks."""
         return tuple(zip(self.node_ids, self.workers_by_node, strict=True))
+
+    @property
+    def in_full(self) -> str:
+        """What it runs as and where: two plans with the same words are the same."""
+        return f"{self} on {', '.join(f'{node_id[:12]} ({count})' for node_id, count in self.placement)}"
 
     def coordinates(self, rank: int) -> tuple[int, int, int]:
         """(pipeline stage, data-parallel rank, tensor-parallel rank) of a worker: those of a tensor-parallel group are
@@ -100,36 +109,68 @@ class _Rejected:
     memory_bytes: int
 
 
-def plan(recipe: Recipe, shape: ModelShape, pools: list[NodePool], prefer: Set[str] = frozenset()) -> Plan:
+def plan(
+    recipe: Recipe,
+    shape: ModelShape,
+    pools: Sequence[NodePool],
+    prefer: Set[str] = frozenset(),
+    past: Past = NOTHING,
+) -> Plan:
     """The fastest layout that fits.
 
     Args:
         prefer: ids of nodes to place workers on before others.
+        past: what earlier attempts of the run have taught.
 
     Raises:
+        CapacityError: one would, on more devices of some pool.
         PlanError: none does; says what the nearest one lacks.
     """
+    train = recipe.train
+    check_workers(train)
     fitting: list[Plan] = []
     rejected: list[_Rejected] = []
+    lacking: list[Shortage] = []
     impossible: list[PlanError] = []
     for pool in pools:
         try:
-            for found in _search(recipe.train, shape, pool, prefer).layouts():
-                (fitting if isinstance(found, Plan) else rejected).append(found)  # type: ignore[arg-type]
+            search = _search(train, shape, pool, prefer, past)
         except PlanError as error:  # another pool may do what this one cannot
             impossible.append(error)
-    if not fitting:
-        raise impossible[0] if impossible and not rejected else _no_plan(recipe.train, pools, rejected)
+            continue
+        found, refused = search.layouts()
+        fitting += found
+        rejected += refused
+        if not found:
+            short = search.short_of()
+            lacking += [short] if isinstance(short, Shortage) else []
+            rejected += [short] if isinstance(short, _Rejected) else []
+    if fitting:
+        return _best(train, shape, fitting, rejected, past)
+    if lacking or not pools:
+        raise capacity_error(train, pools, lacking)
+    if not rejected:
+        raise impossible[0]
+    nearest = min(rejected, key=lambda r: r.memory_bytes)
+    raise PlanError(f"no layout fits; the nearest is {nearest.layout}: {nearest.why}", memory_hint(train))
+
+
+def _best(train: TrainConfig, shape: ModelShape, fitting: list[Plan], rejected: list[_Rejected], past: Past) -> Plan:
     ranked = sorted(fitting, key=lambda p: (p.step_time_s, -p.micro_batch_size))
     best = ranked[0]
     slower = [f"{_name(p)}: {p.step_time_s:.3g} s a step against {best.step_time_s:.3g}" for p in ranked[1:]]
     refused = [f"{r.layout}: {r.why}" for r in rejected]
     reason = f"fastest of {len(ranked)} layouts that fit, of {len(ranked) + len(rejected)}"
-    reason += why_zero_stage(recipe.train, layout_of(recipe.train, shape, best.dtype))
+    reason += why_zero_stage(train, layout_of(train, shape, best.dtype))
+    if best.recompute and train.layout.recompute is None:
+        reason += "; recomputes, since nothing fits without"
+    if best.accelerator in past.ceilings:
+        most = past.ceilings[best.accelerator] * best.available_bytes / _GIB
+        reason += f"; below {most:.3g} GiB a worker, since more ran out of memory"
     return replace(best, reason=reason, losers=(*slower[:MAX_LOSERS], *refused[:MAX_LOSERS]))
 
 
-def _search(train: TrainConfig, shape: ModelShape, pool: NodePool, prefer: Set[str]) -> _Search:
+def _search(train: TrainConfig, shape: ModelShape, pool: NodePool, prefer: Set[str], past: Past) -> _Search:
     """
     Raises:
         PlanError: the devices of the pool cannot do what the recipe asks for.
@@ -139,7 +180,7 @@ def _search(train: TrainConfig, shape: ModelShape, pool: NodePool, prefer: Set[s
     if train.attention == "flash_attention_2" and pool.accelerator == "cpu":
         raise PlanError(f"train.attention=flash_attention_2 is not for {pool}", "use train.attention=sdpa")
     among = rooms(pool, train.cpus_per_worker, layout.tensor_parallel, prefer)
-    return _Search(train=train, shape=shape, pool=pool, dtype=dtype, layout=layout, rooms=among)
+    return _Search(train=train, shape=shape, pool=pool, dtype=dtype, layout=layout, rooms=among, past=past)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,40 +193,93 @@ class _Search:
     dtype: str
     layout: Layout
     rooms: list[Room]
+    past: Past
 
-    def layouts(self) -> Iterator[Plan | _Rejected]:
-        train, devices = self.train, _devices(self.rooms, self.layout.tensor_parallel)
-        fewest = math.ceil(train.workers.min / self.layout.devices)
-        most = min(min(train.workers.max, devices) // self.layout.devices, train.global_batch_size)
+    @property
+    def devices(self) -> int:
+        """That workers can take."""
+        return sum(room.groups for room in self.rooms) * self.layout.tensor_parallel
+
+    def layouts(self) -> tuple[list[Plan], list[_Rejected]]:
+        """Those that fit, and those that do not."""
+        fitting: list[Plan] = []
+        rejected: list[_Rejected] = []
+        for layout in self._variants():
+            for found in self._judged(layout):
+                (fitting if isinstance(found, Plan) else rejected).append(found)  # type: ignore[arg-type]
+            if fitting:
+                break
+        return fitting, rejected
+
+    def short_of(self) -> Shortage | _Rejected | None:
+        """What the pool lacks for as many workers as there must be, or were once: devices, or memory even so."""
+        there = self.devices // self.layout.devices
+        fewest = fewest_replicas(self.train)
+        had = min(self.past.workers, self.train.workers.max) // self.layout.devices
+        most = min(max(fewest, had), self.train.global_batch_size)
+        needs = {replicas: self._least_memory(replicas) for replicas in range(max(fewest, there + 1), most + 1)}
+        enough = next((replicas for replicas, needed in needs.items() if needed <= self._limit), None)
+        if enough:
+            needed = enough * self.layout.devices
+            return Shortage(there=self.devices, needed=needed, for_memory=enough > fewest)
+        if there < fewest:
+            name = f"{fewest * self.layout.devices} x {self.pool.accelerator}, {self._variants()[-1]}, micro-batch 1"
+            return _Rejected(name, self._why_not(needs[fewest]), needs[fewest])
+        return None
+
+    def _least_memory(self, replicas: int) -> int:
+        """Bytes a worker, by the layout that takes the least."""
+        share = math.ceil(largest_batch(self.train) / replicas)
+        return self._memory(self._variants()[-1], replicas, share, 1).total
+
+    def _variants(self) -> tuple[Layout, ...]:
+        """From the fastest to the one that takes the least memory."""
+        thrifty = replace(self.layout, recompute=True)
+        return (self.layout, thrifty) if self.train.layout.recompute is None else (self.layout,)
+
+    def _judged(self, layout: Layout) -> Iterator[Plan | _Rejected]:
+        train, fewest = self.train, fewest_replicas(self.train)
+        most = min(min(train.workers.max, self.devices) // layout.devices, train.global_batch_size)
         for replicas in range(fewest, most + 1):
             share = math.ceil(largest_batch(train) / replicas)
             for micro_batch_size in sorted({math.ceil(share / parts) for parts in range(1, share + 1)}):
-                yield self._judge(replicas, share, micro_batch_size)
+                found = self._plan(layout, replicas, share, micro_batch_size)
+                fits = found.memory_bytes <= self._limit
+                yield found if fits else _Rejected(_name(found), self._why_not(found.memory_bytes), found.memory_bytes)
 
-    def _judge(self, replicas: int, share: int, micro_batch_size: int) -> Plan | _Rejected:
-        found = self._plan(replicas, share, micro_batch_size)
-        available = self.pool.memory_per_device(self.train.cpus_per_worker)
-        if found.memory_bytes > available:
-            why = f"needs {found.memory_bytes / _GIB:.1f} GiB a worker, {available / _GIB:.1f} GiB are there"
-            return _Rejected(_name(found), why, found.memory_bytes)
-        return found
+    @property
+    def _available(self) -> int:
+        return self.pool.memory_per_device(self.train.cpus_per_worker)
 
-    def _plan(self, replicas: int, share: int, micro_batch_size: int) -> Plan:
-        accumulation = math.ceil(share / micro_batch_size)
-        memory: Memory = worker_memory(
+    @property
+    def _limit(self) -> float:
+        """Bytes that a worker may be predicted to take."""
+        return self._available * min(1.0, self.past.ceilings.get(self.pool.accelerator, 1.0))
+
+    def _why_not(self, needed: int) -> str:
+        needs = f"needs {needed / _GIB:.1f} GiB a worker"
+        if needed > self._available:
+            return f"{needs}, {self._available / _GIB:.1f} GiB are there"
+        return f"{needs}, and an attempt that was to take {self._limit / MARGIN / _GIB:.1f} GiB ran out of memory"
+
+    def _memory(self, layout: Layout, replicas: int, share: int, micro_batch_size: int) -> Memory:
+        return worker_memory(
             self.shape,
-            self.layout,
+            layout,
             accelerator=self.pool.accelerator,
             dtype=self.dtype,
             data_parallel=replicas,
             micro_batch_size=micro_batch_size,
-            accumulation=accumulation,
+            accumulation=math.ceil(share / micro_batch_size),
             sequence_length=self.train.sequence_length,
         )
+
+    def _plan(self, layout: Layout, replicas: int, share: int, micro_batch_size: int) -> Plan:
+        accumulation = math.ceil(share / micro_batch_size)
         time_s = step_time_s(
             self.shape,
             PLATFORMS[self.pool.accelerator],
-            self.layout,
+            layout,
             data_parallel=replicas,
             accumulation=accumulation,
             micro_batch_size=micro_batch_size,
@@ -193,24 +287,21 @@ class _Search:
             sequence_length=self.train.sequence_length,
             width=4 if self.dtype == "fp32" else 2,
         )
-        placement = place(replicas * self.layout.pipeline_stages, self.rooms)
+        placement = place(replicas * layout.pipeline_stages, self.rooms)
         return Plan(
             accelerator=self.pool.accelerator,
             node_ids=tuple(placement),
-            workers_by_node=tuple(groups * self.layout.tensor_parallel for groups in placement.values()),
+            workers_by_node=tuple(groups * layout.tensor_parallel for groups in placement.values()),
             data_parallel=replicas,
-            **asdict(self.layout),
+            **asdict(layout),
             micro_batch_size=micro_batch_size,
             accumulation=accumulation,
             dtype=self.dtype,
             parameters=self.shape.parameters,
-            memory_bytes=memory.total,
+            memory_bytes=self._memory(layout, replicas, share, micro_batch_size).total,
+            available_bytes=self._available,
             step_time_s=time_s,
         )
-
-
-def _devices(among: list[Room], tensor_parallel: int) -> int:
-    return sum(room.groups for room in among) * tensor_parallel
 
 
 def largest_batch(train: TrainConfig) -> int:
@@ -238,55 +329,3 @@ def choose_dtype(asked: str, pool: NodePool) -> str:
 def _name(plan: Plan) -> str:
     layout = f"{plan.workers} x {plan.accelerator}, {plan.layout}"
     return f"{layout}, micro-batch {plan.micro_batch_size} x {plan.accumulation}"
-
-
-def _no_plan(train: TrainConfig, pools: list[NodePool], rejected: list[_Rejected]) -> PlanError:
-    replica = train.layout.devices
-    fewest = math.ceil(train.workers.min / replica) * replica
-    size = train.layout.tensor_parallel
-    most = max(_devices(rooms(pool, train.cpus_per_worker, size), size) for pool in pools) // replica * replica
-    found = ", ".join(f"{pool}: {pool.devices(train.cpus_per_worker)}" for pool in pools)
-    if most < fewest:
-        if replica > 1:
-            return PlanError(
-                f"train.layout needs {fewest} devices, {replica} a replica (tensor_parallel="
-                f"{train.layout.tensor_parallel}, pipeline_stages={train.layout.pipeline_stages}), and no pool has as "
-                f"many ({found}); those that share tensors share a node",
-                "lower them, lower train.workers, or add nodes",
-            )
-        return PlanError(
-            f"train.workers asks for {train.workers.min} workers and no pool has that many devices ({found})",
-            f"set train.workers={most}" if most else "lower train.cpus_per_worker, or add nodes",
-        )
-    if train.workers.max < replica:
-        return PlanError(
-            f"train.workers.max={train.workers.max} is less than the {replica} devices of one replica",
-            f"set train.workers={replica} or more",
-        )
-    if train.workers.max < fewest:
-        asked = f"train.workers={train.workers.min}" if train.workers.min == train.workers.max else "train.workers"
-        below = train.workers.max // replica * replica
-        return PlanError(
-            f"{asked} leaves no number of workers that is a multiple of the {replica} devices of one replica",
-            f"set train.workers={below} or {fewest}",
-        )
-    if not rejected:
-        return PlanError(
-            f"train.workers.min={train.workers.min} is more than train.global_batch_size={train.global_batch_size} "
-            "has room for",
-            "a replica needs at least one sequence a step",
-        )
-    nearest = min(rejected, key=lambda r: r.memory_bytes)
-    return PlanError(f"no layout fits; the nearest is {nearest.layout}: {nearest.why}", _memory_hint(train))
-
-
-def _memory_hint(train: TrainConfig) -> str:
-    layout, untried = train.layout, []
-    if not layout.recompute:
-        untried.append("recompute: true")
-    if layout.zero_stage != 3 and layout.pipeline_stages == 1:
-        untried.append("zero_stage: 3")
-    if layout.devices == 1:
-        untried.append("pipeline_stages or tensor_parallel")
-    tried = f"try train.layout with {', then '.join(untried)}; or " if untried else ""
-    return f"{tried}use more devices, a smaller model or shorter sequences"

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from orchestrator.data.schedule import Role, Share
-from orchestrator.errors import RunFailed
+from orchestrator.errors import PeerFailed, RunFailed
 from orchestrator.planning.search import Plan
 
 _DATA, _FAILED = 1, 2
@@ -35,7 +35,7 @@ def replicated(shares: Iterator[Share], role: Role, group: Any, source: int) -> 
         source: global rank of the group's tensor rank 0.
 
     Raises:
-        RunFailed: the source failed to read; it raises its own error.
+        PeerFailed: the source failed to read; it raises its own error.
     """
     of_stage = replace(role, tensor_rank=0)
     if group is None or dist.get_world_size(group) == 1 or not of_stage.reads:
@@ -81,10 +81,7 @@ def _received(shares: Iterator[Share], group: Any, source: int) -> Iterator[Shar
         dist.broadcast(header, source, group)
         kind, step, sequences, length, width, masked = header.tolist()
         if kind == _FAILED:
-            raise RunFailed(
-                f"rank {source} failed to read the data of step {share.step}, which this rank shares",
-                "the log of that rank says why",
-            )
+            raise PeerFailed(f"rank {source} failed to read the data of step {share.step}, which this rank shares")
         if step != share.step:
             raise RunFailed(f"rank {source} handed on the data of step {step} where step {share.step} was due")
         size = sequences * length

@@ -19,7 +19,7 @@ import numpy as np
 import torch.distributed as dist
 
 from orchestrator.data.schedule import Role, Share
-from orchestrator.errors import RunFailed
+from orchestrator.errors import PeerFailed
 from orchestrator.train.replicas import replicated
 
 STAGES, TENSOR, LENGTH = 3, 2, 7
@@ -62,7 +62,7 @@ def gone_through(role: Role, group: Any, source: int, fail_at: int) -> dict[str,
     try:
         for share in replicated(shares(role, fail_at), role, group, source):
             steps.append([share.step, share.targets, share.largest, told(share.tokens), told(share.counted)])
-    except (ValueError, RunFailed) as caught:
+    except (ValueError, PeerFailed) as caught:
         error = f"{type(caught).__name__}: {caught}"
     dist.broadcast = broadcast
     return {"steps": steps, "calls": calls, "error": error}

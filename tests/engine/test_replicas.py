@@ -53,7 +53,7 @@ def test_a_replica_of_one_rank_does_not_communicate(told: list[dict[str, Any]]) 
 def test_a_source_that_fails_ends_its_peers_too(told: list[dict[str, Any]], fails: int, learned: int) -> None:
     source, peer = (told[rank][str(fails)] for rank in FIRST)
     assert source["error"] == "ValueError: no such shard", "the source raises its own error"
-    assert peer["error"].startswith(f"RunFailed: rank {FIRST[0]} failed to read the data of step {learned}")
+    assert peer["error"].startswith(f"PeerFailed: rank {FIRST[0]} failed to read the data of step {learned}")
     assert [values[0] for values in source["steps"]] == list(range(1, fails))
     assert [values[0] for values in peer["steps"]] == list(range(1, learned))
     assert all(told[rank][str(fails)] == told[rank]["0"] for rank in MIDDLE + LAST), "other stages are not concerned"

@@ -70,6 +70,7 @@ def test_the_lower_layers_know_nothing_of_the_upper_ones(file: Path) -> None:
     modules(
         "orchestrator/planning",
         "orchestrator/failures.py",
+        "orchestrator/endings.py",
         "orchestrator/goodput.py",
         "orchestrator/data/order.py",
         "orchestrator/train/spikes.py",

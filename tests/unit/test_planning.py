@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import itertools
 import json
+import pickle
 from typing import Any
 
 import pytest
@@ -10,9 +12,10 @@ from hypothesis import strategies as st
 from orchestrator import cluster
 from orchestrator.accelerators import Node, NodePool
 from orchestrator.config import Recipe
-from orchestrator.errors import PlanError, UserError
+from orchestrator.errors import CapacityError, PlanError, UserError
 from orchestrator.planning.layout import layout_of
 from orchestrator.planning.memory import worker_memory
+from orchestrator.planning.past import NOTHING, Past, learned
 from orchestrator.planning.search import Plan, plan
 from orchestrator.planning.shape import ModelShape
 from orchestrator.planning.throughput import PLATFORMS, step_time_s
@@ -172,7 +175,8 @@ def test_what_may_help_against_a_lack_of_memory_is_named() -> None:
             plan(recipe(layout=layout), LARGE, [pool(nodes=2, gib=1)])
         return caught.value.hint
 
-    assert hint().startswith("try train.layout with recompute: true, then zero_stage: 3, then pipeline_stages or")
+    assert hint().startswith("try train.layout with zero_stage: 3, then pipeline_stages or tensor_parallel")
+    assert hint(recompute=False).startswith("try train.layout with recompute: true, then zero_stage: 3")
     assert hint(recompute=True, pipeline_stages=2).startswith("use more devices")
 
 
@@ -210,6 +214,133 @@ def test_more_devices_take_less_time() -> None:
         for n in (1, 2, 4)
     ]
     assert times == sorted(times, reverse=True)
+
+
+# --- memory that was not what was predicted ---------------------------------------------------------------------------
+
+
+def ended(attempt: int, found: Plan, outcome: str) -> list[dict[str, Any]]:
+    """The events of an attempt."""
+    planned = {"event": "planned", "attempt": attempt, "plan": json.loads(json.dumps(vars(found)))}
+    return [planned, {"event": "attempt_ended", "attempt": attempt, "outcome": outcome}]
+
+
+def test_after_a_lack_of_memory_the_next_plan_takes_a_tenth_less_until_none_is_left() -> None:
+    events: list[dict[str, Any]] = []
+    took: list[Plan] = []
+    with pytest.raises(PlanError) as caught:
+        while True:
+            took.append(plan(recipe(workers=2, sequence_length=2048), SMALL, [pool(gib=64)], past=learned(events)))
+            events += ended(len(took), took[-1], "out_of_memory")
+    assert all(after.memory_bytes <= 0.9 * before.memory_bytes for before, after in itertools.pairwise(took))
+    assert [found.recompute for found in took] == sorted(found.recompute for found in took)
+    assert took[-1].recompute, "which is tried before giving up"
+    assert took[-1].micro_batch_size == 1
+    assert (
+        f"an attempt that was to take {took[-1].memory_bytes / GIB:.1f} GiB ran out of memory" in caught.value.message
+    )
+    assert not isinstance(caught.value, CapacityError), "more devices are not what is missing"
+    assert len(took) < 10
+    assert "since more ran out of memory" in took[1].reason
+
+
+def test_what_ran_out_of_memory_on_one_kind_of_device_says_nothing_of_another() -> None:
+    found = plan(recipe(), SMALL, [pool()])
+    past = learned(ended(1, found, "out_of_memory") + ended(2, found, "worker_lost"))
+    assert past.ceilings == {"cpu": pytest.approx(0.9 * found.memory_bytes / found.available_bytes)}
+    assert plan(recipe(), SMALL, [pool("dcu", gpus=2)], past=past) == plan(recipe(), SMALL, [pool("dcu", gpus=2)])
+
+
+def test_a_device_with_more_memory_may_take_more() -> None:
+    """Predictions err by a factor: what does not hold 8 of 16 GiB does not hold 32 of 64 either, but it holds 16."""
+    found = plan(recipe(workers=2), SMALL, [pool()])
+    past = learned(ended(1, found, "out_of_memory"))
+    assert plan(recipe(workers=2), SMALL, [pool(gib=64)], past=past).micro_batch_size == found.micro_batch_size
+
+
+def test_events_of_earlier_versions_teach_what_they_can() -> None:
+    found = {"accelerator": "cpu", "data_parallel": 3, "memory_bytes": 1}
+    events = [{"event": "planned", "attempt": 1, "plan": found}, {"event": "started_over", "last_attempt": 1}]
+    ending = {"event": "attempt_ended", "attempt": 1, "outcome": "out_of_memory"}
+    assert learned([*events, ending, {**ending, "attempt": 2}]) == Past(ceilings={}, workers=3)
+    assert learned([]) == Past()
+
+
+def test_recomputation_is_for_what_does_not_fit_otherwise() -> None:
+    large: dict[str, Any] = {"sequence_length": 2048, "global_batch_size": 16}
+    assert not plan(recipe(**large), SMALL, [pool()]).recompute
+    roomy = plan(recipe(**large, layout={"recompute": True, "zero_stage": 3}), LARGE, [pool("cuda", nodes=2, gpus=8)])
+    tight = [pool("cuda", nodes=2, gpus=8, gib=roomy.memory_bytes // GIB + 1)]
+    with pytest.raises(PlanError, match="no layout fits"):
+        plan(recipe(**large, layout={"recompute": False, "zero_stage": 3}), LARGE, tight)
+    found = plan(recipe(**large, layout={"zero_stage": 3}), LARGE, tight)
+    asked = plan(recipe(**large, layout={"zero_stage": 3, "recompute": True}), LARGE, tight)
+    assert found.reason.endswith("; recomputes, since nothing fits without")
+    assert "recompute" not in asked.reason
+    assert (found.recompute, found.memory_bytes, found.step_time_s) == (True, asked.memory_bytes, asked.step_time_s)
+
+
+# --- devices that are not there ---------------------------------------------------------------------------------------
+
+
+def lacking(pools: list[NodePool], shape: ModelShape = SMALL, past: Past = NOTHING, **train: Any) -> CapacityError:
+    with pytest.raises(CapacityError) as caught:
+        plan(recipe(**train), shape, pools, past=past)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("pools", "train", "missing"),
+    [
+        ([pool()], {"workers": 4}, "2 more devices: 2 of the 4 that train.workers.min asks for are there"),
+        ([pool(), pool("dcu", gpus=3)], {"workers": 4}, "1 more device: 3 of the 4 that train.workers.min asks for"),
+        ([pool(cpus=0)], {}, "1 more device: 0 of the 1 that train.workers.min asks for are there"),
+        ([pool(cpus=3)], {"layout": {"tensor_parallel": 4}}, "4 more devices: 0 of the 4 that train.layout takes"),
+        ([pool(cpus=3)], {"layout": {"pipeline_stages": 4}}, "1 more device: 3 of the 4 that train.layout takes"),
+        (
+            [pool(cpus=3)],
+            {"workers": {"min": 7, "max": 8}, "layout": {"pipeline_stages": 4}},
+            "5 more devices: 3 of the 8 that train.workers.min asks for",
+        ),
+        ([], {}, "a node: none is there"),
+    ],
+)
+def test_what_is_missing_is_said_in_devices(pools: list[NodePool], train: dict[str, Any], missing: str) -> None:
+    error = lacking(pools, **train)
+    assert error.missing.startswith(missing)
+    again = pickle.loads(pickle.dumps(error))
+    assert (again.message, again.hint, again.missing) == (error.message, error.hint, error.missing)
+
+
+def test_devices_are_missing_where_one_pool_could_and_another_never_can() -> None:
+    assert lacking([pool(nodes=8), pool("dcu", gpus=1)], workers=2, dtype="fp16").missing.startswith("1 more device")
+
+
+def test_more_devices_are_no_help_to_what_cannot_be() -> None:
+    """A wait for them would never end."""
+    for train, pools, shape in [
+        ({"workers": 4, "dtype": "fp16"}, [pool()], SMALL),
+        ({"workers": {"min": 1, "max": 1}, "layout": {"pipeline_stages": 2}}, [pool(cpus=1)], SMALL),
+        ({"workers": 32}, [pool()], SMALL),  # more than there are sequences
+        ({"workers": 4, "sequence_length": 2048}, [pool("dcu", gpus=1, gib=16)], LARGE),
+        ({"sequence_length": 2048}, [pool("dcu", gpus=1, gib=16)], LARGE),
+    ]:
+        with pytest.raises(PlanError) as caught:
+            plan(recipe(**train), shape, pools)  # type: ignore[arg-type]
+        assert not isinstance(caught.value, CapacityError), train
+
+
+def test_a_run_that_had_enough_devices_for_its_memory_waits_for_them() -> None:
+    settings: dict[str, Any] = {"sequence_length": 2048, "layout": {"zero_stage": 3}}
+    whole = plan(recipe(**settings), LARGE, [pool("dcu", nodes=2, gpus=8, gib=64)])
+    past = learned(ended(1, whole, "node_lost"))
+    half = [pool("dcu", gpus=1, gib=64)]
+    error = lacking(half, LARGE, past, **settings)
+    assert error.missing == "2 more devices: 1 of the 3 that the model needs to fit into memory are there"
+    with pytest.raises(PlanError, match="no layout fits"):
+        plan(recipe(**settings), LARGE, half)
+    with pytest.raises(PlanError, match="no layout fits"):
+        plan(recipe(**settings, workers=1), LARGE, half, past=past)
 
 
 def test_a_plan_survives_json() -> None:

@@ -1,0 +1,44 @@
+"""What earlier attempts of a run teach the planner."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+MARGIN = 0.9
+"""Of what a plan that ran out of memory was predicted to take: the next takes a tenth less, so that tries are few."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Past:
+    ceilings: Mapping[str, float] = field(default_factory=dict)
+    """By accelerator: the share of a worker's memory that a plan may be predicted to take. A share, since predictions
+    err by a factor, which holds for devices of another size, too."""
+    workers: int = 0
+    """The most that the run has had: what fits on so many lacks devices now, not memory."""
+
+
+NOTHING = Past()
+
+
+def learned(events: Iterable[Mapping[str, Any]]) -> Past:
+    """
+    Args:
+        events: of a run, those of earlier drivers included.
+    """
+    plans: dict[int, Mapping[str, Any]] = {}
+    ceilings: dict[str, float] = {}
+    for event in events:
+        if event["event"] == "planned":
+            plans[event["attempt"]] = event["plan"]
+        elif event["event"] == "attempt_ended" and event["outcome"] == "out_of_memory":
+            failed = plans.get(event["attempt"], {})
+            if failed.get("available_bytes"):
+                share = MARGIN * failed["memory_bytes"] / failed["available_bytes"]
+                ceilings[failed["accelerator"]] = min(share, ceilings.get(failed["accelerator"], share))
+    return Past(ceilings=ceilings, workers=max(map(_workers, plans.values()), default=0))
+
+
+def _workers(plan: Mapping[str, Any]) -> int:
+    return int(plan["data_parallel"] * plan.get("pipeline_stages", 1) * plan.get("tensor_parallel", 1))

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator import storage
+from orchestrator.attempt_rows import AttemptRow, attempt_rows
 from orchestrator.config import flatten
-from orchestrator.goodput import AttemptRow, attempt_rows
 from orchestrator.runs import RunDir
 
 Json = dict[str, Any]

@@ -6,8 +6,8 @@ import math
 from typing import Any
 
 from orchestrator import storage, suspects
+from orchestrator.attempt_rows import attempt_rows
 from orchestrator.errors import UserError
-from orchestrator.goodput import attempt_rows
 from orchestrator.runs import RunDir
 from orchestrator.train.checkpoints import committed_steps
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from orchestrator import storage
-from orchestrator.goodput import attempt_rows
+from orchestrator.attempt_rows import attempt_rows
 from orchestrator.report import write_report
 from orchestrator.runs import RunDir
 

@@ -5,6 +5,7 @@ Pure: the event log and the metric lines in, rows out. Fields that are absent th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
@@ -28,8 +29,8 @@ class AttemptRow:
     """Of its steps, those that an earlier attempt had done already."""
     recovery_s: float | None
     """Seconds from the failure before it to the end of its own first step; None where it did not follow a failure.
-    The failure happened when its end says, else with the injected fault where there was one, else when the attempt
-    ended."""
+    The failure happened with the injected fault where one came after the last step, else when the end says, else when
+    the attempt ended."""
     resize_s: float | None
     """Seconds from the last step of the attempt before it to the end of its own first; None where that did not yield
     to it."""
@@ -110,6 +111,7 @@ def _recoveries(events: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[s
     driver learns of it, and writes its event, later.
     """
     first_line_at = {line["attempt"]: line["time"] for line in reversed(metrics) if line.get("time") is not None}
+    last_line = {line["attempt"]: line for line in metrics if line.get("time") is not None}
     recovered: dict[int, float] = {}
     fault_at: float | None = None
     down_since: float | None = None
@@ -124,11 +126,22 @@ def _recoveries(events: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[s
         elif name == "attempt_ended" and event.get("outcome") in (None, *ENDED_WELL):
             down_since = None
         elif name == "attempt_ended" and down_since is None:
-            down_since = event.get("failed_at") or fault_at or at
+            down_since = _failed_at(event, fault_at, last_line.get(attempt or 0))
         elif name == "first_step" and down_since is not None and at is not None and attempt is not None:
             recovered[attempt] = max(0.0, min(at, first_line_at.get(attempt, at)) - down_since)
             down_since = None
     return recovered
+
+
+def _failed_at(ended: Mapping[str, Any], fault_at: float | None, last: Mapping[str, Any] | None) -> float | None:
+    """
+    Args:
+        last: record of the attempt's last step. A fault from before that step did not end the attempt.
+    """
+    begun = last["time"] - (last.get("step_time_s") or 0.0) if last else -math.inf
+    if fault_at is not None and fault_at >= begun:
+        return fault_at
+    return ended.get("failed_at") or ended.get("time")
 
 
 def _resizes(events: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]]) -> dict[int, float]:

@@ -266,10 +266,10 @@ def _attempt(
     how: Literal["well", "failed", "live"] = "live" if alive else "well" if outcome in ENDED_WELL else "failed"
     stopped = over
     if how == "failed":
-        known = ended.get("failed_at") or _fault_at(command, start, over)
+        told = [at for at in (ended.get("failed_at"), _fault_at(command, start, over)) if at and at >= last - typical_s]
         silent = last + typical_s if lines else over if ended else max(event["time"] for event in said)
         cut_short = not ended and command.how == "ended" and after is None
-        stopped = known or (over if cut_short else silent)
+        stopped = min(told, default=over if cut_short else silent)
     worker = facts.get("worker_started", {})
     phases: list[tuple[Kind, str]] = [("scheduling", "began"), ("start_up", "engine_began"), ("load", "loaded")]
     return _Attempt(

@@ -77,6 +77,7 @@ class Waiting:
 def train_worker(values: dict[str, Any]) -> None:
     """Ray Train calls it in every worker. It makes ready, waits for its job, and returns at the last step, or when
     asked to."""
+    began = time.time()
     waiting = Waiting(**values)
     rank, agent = _ray_rank(), _Agent(waiting)
     agent.register()
@@ -89,7 +90,7 @@ def train_worker(values: dict[str, Any]) -> None:
             run = RunDir(job.run)
             with _log_file(run, job.attempt, rank):
                 _take_device(job)
-                _train(job, Recipe.model_validate(job.recipe), Plan(**job.plan), run, rank)
+                _train(job, Recipe.model_validate(job.recipe), Plan(**job.plan), run, rank, began)
 
 
 def _warm_up(waiting: Waiting, accelerator: accelerators.Accelerator) -> None:
@@ -149,13 +150,12 @@ def portable(error: BaseException) -> BaseException:
     return error
 
 
-def _train(job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int) -> None:
+def _train(job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int, began: float) -> None:
     from orchestrator.data.stream import stream
     from orchestrator.train.integrity import Integrity, Node
     from orchestrator.train.profiling import Profiler, labelled
     from orchestrator.train.replicas import reading_group, replicated
 
-    began = time.time()
     config, resume = recipe.train, job.commit()
     manifest = load_manifest(run.corpus)
     assert manifest is not None, "the supervisor starts no attempt before the corpus is done"

@@ -99,6 +99,11 @@ def test_moment_of_a_failure_that_nobody_told_is_inferred(between: tuple[Record,
     assert seconds(found)["detection"] == detection_s
 
 
+def test_fault_that_a_step_survived_is_not_what_ended_the_attempt() -> None:
+    found = ledger(*failing(5.5, event("fault_injected", 3.0, kind="slow_rank")), now=99.0)
+    assert found.seconds["detection"] == 3.5
+
+
 def test_save_before_the_steps_that_are_lost_is_a_checkpoint() -> None:
     events, lines = failing(failed_at=5.5)
     lines[2] |= {"checkpoint_s": 0.25}  # of step 2, which stays

@@ -272,10 +272,12 @@ def test_planned_resize_says_how_long_no_step_was_made() -> None:
 
 def test_recovery_starts_at_the_failure_where_it_is_known() -> None:
     events: list[dict[str, Any]] = [
+        {"event": "fault_injected", "time": 5.0, "kind": "slow_rank"},
         {"event": "attempt_ended", "time": 10.0, "attempt": 1, "outcome": "worker_lost", "failed_at": 8.5},
         {"event": "first_step", "time": 14.5, "attempt": 2, "step": 1},
     ]
-    assert attempt_rows(events, [])[1].recovery_s == 6.0
+    assert attempt_rows(events, [{"attempt": 1, "step": 1, "time": 8.0, "step_time_s": 1.0}])[1].recovery_s == 6.0
+    assert attempt_rows(events, [])[1].recovery_s == 9.5, "the fault, where no step came after it"
 
 
 # --- report -----------------------------------------------------------------------------------------------------------

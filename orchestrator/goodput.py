@@ -42,6 +42,7 @@ ENDED_WELL = ("finished", "stopped", "yielded")
 _IN_WORDS = {"waiting": "waiting for capacity", "start_up": "start-up"}
 _BEFORE_STEPS: tuple[Kind, ...] = ("scheduling", "preflight", "waiting", "start_up", "load")
 _STAGE_ENDS = ("stage_finished", "stage_failed", "stage_stopped")
+_ENDS_OF_WAITING = ("waited", "attempt_started", "driver_started", "stage_started", *_STAGE_ENDS)
 
 Record = Mapping[str, Any]
 
@@ -188,13 +189,7 @@ def _instead_of_scheduling(log: Sequence[Record]) -> list[tuple[float, float, Ki
             since = at if since is None else since
         elif name == "waited" and since is None:
             found.append((at - (event.get("seconds") or 0.0), at, "waiting"))
-        elif since is not None and name in (
-            "waited",
-            "attempt_started",
-            "driver_started",
-            "stage_started",
-            *_STAGE_ENDS,
-        ):
+        elif since is not None and name in _ENDS_OF_WAITING:
             found.append((since, at, "waiting"))
             since = None
     return sorted(found if since is None else [*found, (since, math.inf, "waiting")])

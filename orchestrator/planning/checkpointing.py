@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import math
 
-NODE_MTBF_S = 16_384 / 8 * 54 * 86_400 / 419
-"""Of a node, before anything was seen: 419 unexpected interruptions in 54 days on 16,384 GPUs, eight a node (The Llama
-3 Herd of Models, arXiv:2407.21783, section 3.3.4), which is one in 6,300 hours of a node or 50,700 of a GPU."""
-
 MOST_SHARE = 0.05
 """Of the time may go into saves: where failures come so thick that more would pay, the estimate is likelier to be wrong
 than the run to get anywhere."""
 LONGEST_S = 1800.0
 """Between two saves: somebody may stop the run at any time, and half an hour is what people are ready to lose. Holds
 before the share of the time does."""
+SHORTEST_S = 10.0
+"""Between two saves: every commit is a few requests to storage and an event, whatever training notices of it."""
 FIRST_S = 60.0
-"""To the first save of all, which measures what one costs; a young run fails more often than any estimate says."""
+"""To the first save of all, which measures what one costs."""
 
 
 def interval_s(cost_s: float | None, mtbf_s: float) -> float:
@@ -30,7 +28,7 @@ def interval_s(cost_s: float | None, mtbf_s: float) -> float:
     """
     if cost_s is None:
         return FIRST_S
-    least_s = cost_s / MOST_SHARE - cost_s
+    least_s = max(cost_s / MOST_SHARE - cost_s, SHORTEST_S)
     return min(max(best_interval_s(cost_s, mtbf_s), least_s), LONGEST_S)
 
 
@@ -57,17 +55,15 @@ def efficiency(interval_s: float, cost_s: float, restart_s: float, mtbf_s: float
     return interval_s / (mtbf_s * attempts)
 
 
-def mtbf_s(failures: int, observed_s: float, nodes: int, node_mtbf_s: float = NODE_MTBF_S) -> float:
-    """Mean time between the failures of a run on some nodes.
+def mtbf_s(failures: int, observed_s: float) -> float:
+    """Mean time between the failures of a run, from those it has seen.
 
-    The failure rate of a node is taken to be the greater of two: what the prior makes of the record (a Gamma
-    distribution that counts as one failure in `node_mtbf_s`), which is sane with no failure seen, and the bare record.
-    A cluster may fail a hundred times more often than the one that the prior is from, as spot instances do, and a
-    single failure should say so: to save too often costs little, and bounded.
+    The estimate has Jeffreys' prior for a rate, which counts as half a failure and knows no scale: clusters differ a
+    thousandfold. So a run that has not failed yet is expected to go on for twice as long as it has lasted, and its
+    saves grow rarer as it shows that it lasts; what the early ones cost is the root of the run's time times their cost,
+    a third of a percent of a day for saves of a second.
 
     Args:
-        observed_s: wall time of the run, on about as many nodes, in which the failures came.
+        observed_s: wall time of the run in which the failures came.
     """
-    node_s = nodes * observed_s
-    rate = max((1 + failures) / (node_mtbf_s + node_s), failures / node_s if node_s else 0.0)
-    return 1 / (nodes * rate)
+    return observed_s / (failures + 0.5)

@@ -62,7 +62,6 @@ class SaveClock:
     def __init__(
         self,
         history: Future[History],
-        nodes: int,
         in_flight: Callable[[], bool],
         now: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -72,7 +71,6 @@ class SaveClock:
             now: seconds, from anywhere.
         """
         self._history = history
-        self._nodes = nodes
         self._in_flight = in_flight
         self._now = now
         self._began = self._saved = now()
@@ -97,8 +95,8 @@ class SaveClock:
         self._saved = self._now()
         self._costs.append(stood_still_s)
         self._beside_save = True
-        figures = (self.interval_s, statistics.median(self._costs), self._mtbf_s / 3600)
-        log.info("saves every %.0f s: one costs %.2f s, and a failure is expected every %.1f hours", *figures)
+        figures = (self.interval_s, statistics.median(self._costs), self._mtbf_s / 60)
+        log.info("saves every %.0f s: one costs %.2f s, and a failure is expected every %.0f minutes", *figures)
 
     @property
     def interval_s(self) -> float:
@@ -108,11 +106,11 @@ class SaveClock:
     @property
     def _mtbf_s(self) -> float:
         seen = self._seen
-        return checkpointing.mtbf_s(seen.failures, seen.observed_s + self._now() - self._began, self._nodes)
+        return checkpointing.mtbf_s(seen.failures, seen.observed_s + self._now() - self._began)
 
     @property
     def _seen(self) -> History:
-        """Nothing, until it is read: the prior holds then."""
+        """Nothing, until it is read."""
         if not self._history.done():
             return History()
         try:

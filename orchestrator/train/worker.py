@@ -177,7 +177,7 @@ def _train(job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int, began: 
     integrity = Integrity(engine, config.sequence_length, Node(socket.gethostname(), _ray_node()))
     profiler = Profiler(run.profile(job.attempt, rank), config.profile)
     stop = StopRequest(run, rank)
-    clock = _save_clock(run, recipe, plan, rank, saver)
+    clock = _save_clock(run, recipe, rank, saver)
     updates = resume.position.updates if resume else 0
     asked = Request.NOTHING
     with contextlib.closing(recorder), contextlib.closing(saver), contextlib.closing(profiler):
@@ -264,13 +264,13 @@ def _request(stop: StopRequest, clock: Any | None) -> Request:
     return Request.SAVE if clock and clock.due() else Request.NOTHING
 
 
-def _save_clock(run: RunDir, recipe: Recipe, plan: Plan, rank: int, saver: Any) -> Any | None:
+def _save_clock(run: RunDir, recipe: Recipe, rank: int, saver: Any) -> Any | None:
     """On rank 0, where saves go by time."""
     from orchestrator.train.save_clock import SaveClock, reading
 
     if rank != 0 or recipe.train.checkpoint_every != "auto":
         return None
-    return SaveClock(reading(run), len(plan.node_ids), lambda: saver.in_flight)
+    return SaveClock(reading(run), lambda: saver.in_flight)
 
 
 def _saver(run: RunDir, recipe: Recipe, attempt: int, recorder: Recorder) -> Any:

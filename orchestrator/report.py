@@ -10,16 +10,17 @@ from typing import Any
 
 from orchestrator import pages, storage
 from orchestrator.config import flatten
+from orchestrator.goodput import in_words
 from orchestrator.pages import Block, Cell, Facts, Row, Section, Table, as_text
-from orchestrator.report_content import Content, Json, load, words
-from orchestrator.report_plots import INK, attempt_bars, draw_steps, draw_timeline, plot, stage_bars
+from orchestrator.report_content import Content, Json, duration, load, words
+from orchestrator.report_plots import INK, attempt_bars, draw_goodput, draw_steps, draw_timeline, plot, stage_bars
 from orchestrator.runs import RunDir
 
 
 def write_report(run: RunDir) -> str:
     """Write report.html and report.md of a run, however far it got; returns the URI of report.html."""
     content = load(run)
-    parts = (_recipe, _timeline, _loss, _throughput, _attempts, _perplexity, _answers, _corpus, _wall_time)
+    parts = (_recipe, _timeline, _loss, _throughput, _attempts, _goodput, _perplexity, _answers, _corpus, _wall_time)
     sections = [part(content) for part in parts]
     for uri, render in ((run.report_markdown, pages.markdown), (run.report_html, pages.to_html)):
         page = render(run.name, _outcome(content), sections)
@@ -45,6 +46,8 @@ def _outcome(content: Content) -> str:
     if survived:
         repeated = sum(row.steps_repeated for row in content.attempts)
         parts.append(f"failures survived: {survived}, steps repeated: {repeated}")
+    if content.goodput.wall_s:
+        parts.append(f"goodput {content.goodput.goodput * 100:.1f} %")
     if content.evaluations:
         before, after = _perplexities(content.evaluations[-1])
         parts.append(f"held-out perplexity {as_text(before)} → {as_text(after)}")
@@ -184,10 +187,10 @@ def _throughput(content: Content) -> Section:
 
     times = {key: _numbers(content.counted, f"{key}_s") for key in ("step_time", "data", "compute")}
     facts: Facts = {"tokens/s, median": median}
-    facts |= {f"{words(key)}, median": _duration(statistics.median(values)) for key, values in times.items() if values}
+    facts |= {f"{words(key)}, median": duration(statistics.median(values)) for key, values in times.items() if values}
     commits = [event for event in content.events if event["event"] == "committed"]
     stood_s = sum(_numbers(commits, "waited_s")) + sum(_numbers(commits, "copied_s"))
-    facts["stood still for checkpoints, in all"] = _duration(stood_s)
+    facts["stood still for checkpoints, in all"] = duration(stood_s)
     return "Throughput", [plot("rate", "Tokens a second by step; the level line is the median.", 2.1, draw), facts]
 
 
@@ -202,7 +205,7 @@ def _attempts(content: Content) -> Section:
         plan = content.plans.get(row.number) or planned.get("plan") or {}
         batch = f"{as_text(plan.get('micro_batch_size'))} × {as_text(plan.get('accumulation'))}"
         steps = None if row.first_step is None else f"{as_text(row.first_step)}–{as_text(row.last_step)}"
-        outcome, recovery = words(row.outcome or "no end recorded"), _duration(row.recovery_s)
+        outcome, recovery = words(row.outcome or "no end recorded"), duration(row.recovery_s)
         rows.append((row.number, row.workers, row.layout, batch, steps, outcome, recovery, row.steps_repeated))
         decision = f"{words(decided['action'])}: {decided.get('reason')}" if decided.get("action") else None
         texts = (planned.get("reason") or plan.get("reason"), ended.get("message"), decision)
@@ -211,6 +214,24 @@ def _attempts(content: Content) -> Section:
     note = "Recovery runs from the failure before an attempt to its first step."
     why = Table("rlll", ("#", "planned", "ended with", "decided"), reasons)
     return "Attempts", [Table("rrlrrlrr", headers, rows), note, why]
+
+
+def _goodput(content: Content) -> Section:
+    found = content.goodput
+    if not found.wall_s:
+        return "Goodput", ["Training has not begun."]
+    parts = found.seconds.items()
+    rows: list[Row] = [(in_words(kind), duration(s), f"{s / found.wall_s * 100:.1f} %") for kind, s in parts]
+    costs: list[Row] = [
+        (words(cost.outcome), cost.count, duration(cost.lost_s), duration(cost.mean_s)) for cost in found.failures
+    ]
+    caption = "What the wall time of training went into; time between two commands is left out."
+    facts: Facts = {"wall time of training": duration(found.wall_s), "tokens a second of it": found.tokens_per_second}
+    blocks: list[Block] = [plot("goodput", caption, 2.1, lambda axes: draw_goodput(axes, found.spans)), facts]
+    blocks.append(Table("lrr", ("went into", "time", "share"), rows))
+    if costs:
+        blocks.append(Table("lrrr", ("failure", "count", "time lost", "each"), costs))
+    return "Goodput", blocks
 
 
 def _perplexity(content: Content) -> Section:
@@ -244,7 +265,7 @@ def _wall_time(content: Content) -> Section:
     if not total:
         return "Where the wall time went", ["No stage recorded yet."]
     rows: list[Row] = [
-        (k, _duration(v), f"{v / total * 100:.0f} %", "█" * round(24 * v / total)) for k, v in seconds.items()
+        (k, duration(v), f"{v / total * 100:.0f} %", "█" * round(24 * v / total)) for k, v in seconds.items()
     ]
     return "Where the wall time went", [Table("lrrl", ("stage", "time", "share", ""), rows)]
 
@@ -268,10 +289,3 @@ def _numbers(lines: list[Json], key: str) -> list[float]:
 
 def _clip(text: object) -> str | None:
     return f"{str(text)[:240]}{'…' if len(str(text)) > 240 else ''}" if text else None
-
-
-def _duration(seconds: float | None) -> str | None:
-    if seconds is None or seconds < 60:
-        return None if seconds is None else f"{seconds:.3g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

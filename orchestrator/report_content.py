@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator import storage
+from orchestrator.attempt_rows import AttemptRow, attempt_rows
 from orchestrator.config import flatten
-from orchestrator.goodput import AttemptRow, attempt_rows
+from orchestrator.goodput import Ledger, ledger
 from orchestrator.runs import RunDir
 
 Json = dict[str, Any]
@@ -25,6 +26,7 @@ class Content:
     counted: list[Json]  # the metric lines that count, by step: where attempts overlap, the later one's
     plans: dict[int, Json]
     attempts: list[AttemptRow]
+    goodput: Ledger  # up to the last sign of life of a run without an end
     evaluations: list[Json]
     answers: list[Json]
     lost_shards: list[Json]
@@ -38,6 +40,7 @@ def load(run: RunDir) -> Content:
     resolved = run.read_json(run.resolved) or {}
     folder = run.evaluation(0).rpartition("/")[0]
     results = [storage.join(folder, name) for name in storage.list_files(folder) if name.endswith(".json")]
+    last_sign = max((record["time"] for record in [*events, *metrics] if record.get("time")), default=0.0)
     return Content(
         recipe=flatten(resolved.get("recipe") or {}),
         versions=resolved.get("versions") or {},
@@ -47,6 +50,7 @@ def load(run: RunDir) -> Content:
         counted=[line for _, line in sorted(run.loss_curve().items())],
         plans=plans,
         attempts=attempt_rows([*claimed, *events], metrics),
+        goodput=ledger(events, metrics, last_sign),
         evaluations=[run.read_json(uri) or {} for uri in results],
         answers=(run.read_json(run.answers) or {}).get("answers") or [],
         lost_shards=run.read_json(run.lost_shards) or [],
@@ -55,3 +59,10 @@ def load(run: RunDir) -> Content:
 
 def words(name: object) -> str:
     return str(name).replace("_", " ")
+
+
+def duration(seconds: float | None) -> str | None:
+    if seconds is None or seconds < 60:
+        return None if seconds is None else f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -5,15 +5,29 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from orchestrator.goodput import Kind, Span, in_words
 from orchestrator.pages import Plot
 from orchestrator.report_content import Content, Json, words
 
 INK = "#010203"  # stands for the page's text colour
 _RED = "#d9483b"
 _COLOURS = ("#3d7fc1", "#e08b2d", "#3a9c77", "#9a6cc4", "#b3912f", "#48a2b6", "#c26a9b")
+_KIND_COLOURS: dict[Kind, str] = {
+    "productive": "#3a9c77",
+    "checkpoint": "#3d7fc1",
+    "data_wait": "#48a2b6",
+    "lost_work": _RED,
+    "detection": "#e08b2d",
+    "scheduling": "#9a6cc4",
+    "preflight": "#c26a9b",
+    "waiting": "#8a94a3",
+    "start_up": "#b3912f",
+    "load": "#7a6a4f",
+}
+_BINS = 120
 # Event: offset from the middle of its attempt's bar, marker, colour.
 _MARKS = {
     "committed": (0.0, "|", INK),
@@ -133,7 +147,7 @@ def draw_steps(axes: Any, content: Content, key: str, label: str, named: bool = 
 def draw_timeline(axes: Any, content: Content, bars: list[Bar], rows: list[str]) -> None:
     clock = _clock(bars)
     total = max(clock(bar.end) for bar in bars)
-    unit, size = ("seconds", 1) if total < 200 else ("minutes", 60) if total < 12_000 else ("hours", 3600)
+    unit, size = _unit(total)
     colours = {f"attempt {row.number}": _colour(row.number) for row in content.attempts}
     for bar in bars:
         row, (start, ready, end) = rows.index(bar.label), (clock(at) / size for at in bar[1:])
@@ -147,6 +161,31 @@ def draw_timeline(axes: Any, content: Content, bars: list[Bar], rows: list[str])
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(_MARKS))
     axes.set(xlabel=unit, xlim=(0, None), ylim=(len(rows) - 0.4, -0.6), yticks=range(len(rows)), yticklabels=rows)
     axes.grid(visible=False, axis="y")
+
+
+def _unit(total_s: float) -> tuple[str, int]:
+    """Of an axis of time: its name and its seconds."""
+    return ("seconds", 1) if total_s < 200 else ("minutes", 60) if total_s < 12_000 else ("hours", 3600)
+
+
+def draw_goodput(axes: Any, spans: Sequence[Span]) -> None:
+    """Shares of the kinds over the wall time, stacked."""
+    import numpy as np
+
+    lengths = np.array([span.end - span.begin for span in spans])
+    knots = np.cumsum([0.0, *lengths])
+    edges = np.linspace(0.0, knots[-1], _BINS + 1)
+    kinds = [kind for kind in _KIND_COLOURS if any(span.kind == kind for span in spans)]
+    shares = []
+    for kind in kinds:
+        of_kind = np.cumsum([0.0, *lengths * [span.kind == kind for span in spans]])
+        share = np.diff(np.interp(edges, knots, of_kind)) / (edges[1] - edges[0]) * 100
+        shares.append([*share, share[-1]])
+    unit, size = _unit(knots[-1])
+    colours, labels = [_KIND_COLOURS[kind] for kind in kinds], [in_words(kind) for kind in kinds]
+    axes.stackplot(edges / size, shares, colors=colours, labels=labels, step="post", linewidth=0)
+    axes.set(xlabel=unit, ylabel="%", xlim=(0, edges[-1] / size), ylim=(0, 100))
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _marks(content: Content, rows: list[str]) -> dict[str, list[tuple[int, float]]]:

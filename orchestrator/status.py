@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 from orchestrator import storage, suspects
+from orchestrator.attempt_rows import attempt_rows
 from orchestrator.errors import UserError
-from orchestrator.goodput import attempt_rows
+from orchestrator.goodput import Ledger, in_words, ledger
+from orchestrator.report_content import duration, words
 from orchestrator.runs import RunDir
 from orchestrator.train.checkpoints import committed_steps
 
@@ -18,14 +21,14 @@ def summarize(run: RunDir) -> dict[str, Any]:
     recipe = run.recipe()
     curve = [line for _, line in sorted(run.loss_curve().items())]
     last = max(curve, key=lambda line: line["time"], default=None)
-    words = {
+    states = {
         "stage_started": "begun",
         "stage_finished": "done",
         "stage_stopped": "stopped",
         "stage_failed": "failed",
     }
     begun = max((n for n, event in enumerate(events) if event["event"] == "started_over"), default=0)
-    stages = {event["stage"]: words[event["event"]] for event in events[begun:] if event["event"] in words}
+    stages = {event["stage"]: states[event["event"]] for event in events[begun:] if event["event"] in states}
     failures = [event["message"] for event in events if event["event"] == "stage_failed"]
     evaluations = [name for name in storage.list_files(run.path("evaluation")) if name.endswith(".json")]
     return {
@@ -43,8 +46,21 @@ def summarize(run: RunDir) -> dict[str, Any]:
         "rollbacks": [event for event in events[begun:] if event["event"] == "rolled_back"],
         "suspect_nodes": suspects.read(run),
         "attempts": [vars(row) for row in attempt_rows(events, lines)],
+        "goodput": _goodput(ledger(events, lines, time.time())),
         "evaluation": run.read_json(run.path("evaluation", evaluations[-1])) if evaluations else None,
         "last_event": events[-1] if events else None,
+    }
+
+
+def _goodput(found: Ledger) -> dict[str, Any]:
+    """As plain values."""
+    return {
+        "goodput": found.goodput,
+        "wall_s": found.wall_s,
+        "tokens": found.tokens,
+        "tokens_per_second": found.tokens_per_second,
+        "seconds": found.seconds,
+        "failures": [{**vars(cost), "mean_s": cost.mean_s} for cost in found.failures],
     }
 
 
@@ -71,10 +87,12 @@ def describe(summary: dict[str, Any]) -> str:
     for row in summary["attempts"]:
         repeated = f", {row['steps_repeated']} steps repeated" if row["steps_repeated"] else ""
         recovered = f", recovered in {row['recovery_s']:.1f} s" if row["recovery_s"] else ""
+        recovered += f", resized in {row['resize_s']:.1f} s" if row["resize_s"] else ""
         steps = f"steps {row['first_step']}-{row['last_step']}" if row["last_step"] is not None else "no step yet"
         state = row["outcome"] or "no end recorded"
         how = f"{row['workers']} workers ({row['layout']})" if row["layout"] else f"{row['workers']} workers"
         out.append(f"  attempt {row['number']:<4} {how}, {steps}, {state}{repeated}{recovered}")
+    out += _goodput_lines(summary["goodput"])
     for spike in summary["spikes"]:
         suspected = f", suspected {', '.join(spike['documents'])}" if spike["documents"] else ""
         scores = f"z {spike['loss_z']:.1f}, of the gradient norm {spike['norm_z']:.1f}"
@@ -97,8 +115,23 @@ def describe(summary: dict[str, Any]) -> str:
     return "\n".join(out)
 
 
+def _goodput_lines(goodput: dict[str, Any]) -> list[str]:
+    """Nothing of a run that has not begun to train."""
+    wall_s = goodput["wall_s"]
+    if not wall_s:
+        return []
+    rate = f"{goodput['tokens_per_second']:.0f} tokens a second of it"
+    lines = [f"  goodput      {goodput['goodput'] * 100:.1f} % of {duration(wall_s)}, {rate}"]
+    for kind, seconds in goodput["seconds"].items():
+        lines.append(f"    {in_words(kind):<21} {duration(seconds):>12} {seconds / wall_s * 100:6.1f} %")
+    for cost in goodput["failures"]:
+        lost = f"{duration(cost['lost_s'])} lost, {duration(cost['mean_s'])} each"
+        lines.append(f"  failures     {cost['count']} x {words(cost['outcome'])}: {lost}")
+    return lines
+
+
 def worker_logs(run: RunDir, attempt: int | None, rank: int | None) -> dict[str, str]:
-    """Log file name -> text, of one attempt.
+    """Log file name -> text, of one attempt: without a number the last that has any.
 
     Raises:
         UserError: there is no such attempt or rank.
@@ -106,11 +139,17 @@ def worker_logs(run: RunDir, attempt: int | None, rank: int | None) -> dict[str,
     attempts = run.attempts()
     if not attempts:
         raise UserError(f"{run.uri} has no attempt yet", "terrane run begins one")
-    number = attempts[-1] if attempt is None else attempt
-    if number not in attempts:
-        raise UserError(f"{run.uri} has no attempt {number}", f"it has {', '.join(map(str, attempts))}")
-    folder = run.attempt_logs(number)
-    names = [name for name in storage.list_files(folder) if rank is None or name == f"rank-{rank}.log"]
+    if attempt not in (None, *attempts):
+        raise UserError(f"{run.uri} has no attempt {attempt}", f"it has {', '.join(map(str, attempts))}")
+    chosen = reversed(attempts) if attempt is None else [attempt]
+    number, names = next(((n, names) for n in chosen if (names := _log_names(run, n, rank))), (0, []))
     if not names:
-        raise UserError(f"attempt {number} of {run.uri} has no log{'' if rank is None else f' of rank {rank}'}")
+        whose = run.uri if attempt is None else f"attempt {attempt} of {run.uri}"
+        raise UserError(f"{whose} has no log{'' if rank is None else f' of rank {rank}'}")
+    folder = run.attempt_logs(number)
     return {f"attempt {number} {name}": storage.read(storage.join(folder, name)).decode() for name in names}
+
+
+def _log_names(run: RunDir, attempt: int, rank: int | None) -> list[str]:
+    names = storage.list_files(run.attempt_logs(attempt))
+    return [name for name in names if rank is None or name == f"rank-{rank}.log"]

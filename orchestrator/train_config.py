@@ -115,8 +115,9 @@ class TrainConfig(Section):
     keep_documents_apart: bool = False
     """Tokens attend only to their own document, in sequences that hold several."""
     seed: int = Field(default=0, ge=0, lt=2**32)
-    checkpoint_every: int = Field(default=100, ge=1)
-    """Steps."""
+    checkpoint_every: Count | Literal["auto"] = 100
+    """Steps. auto saves by time, as often as loses least: by what a save turns out to cost and how often the run has
+    failed, every half hour at least and for a twentieth of the time at most."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """The newest ones."""
     keep_every: int | None = Field(default=None, ge=1)
@@ -168,10 +169,11 @@ class TrainConfig(Section):
     def steps_go_together(self) -> Self:
         if self.keep_best and not self.evaluate_every:
             raise ValueError("keep_best goes by the held-out loss: give evaluate_every")
-        if self.keep_best and self.evaluate_every and self.evaluate_every % self.checkpoint_every:
+        every, evaluate_every = self.checkpoint_every, self.evaluate_every
+        if self.keep_best and evaluate_every and every != "auto" and evaluate_every % every:
             raise ValueError(
                 "keep_best needs a checkpoint where the held-out loss is taken: "
-                f"evaluate_every={self.evaluate_every} is no multiple of checkpoint_every={self.checkpoint_every}"
+                f"evaluate_every={evaluate_every} is no multiple of checkpoint_every={every}"
             )
         if self.profile and not self.profile[0] <= self.profile[1] <= self.steps:
             raise ValueError(f"profile {list(self.profile)} is no range of steps up to steps={self.steps}")
@@ -199,6 +201,13 @@ class TrainConfig(Section):
     def rates_by_tokens(self) -> bool:
         """Whether the learning rate goes by the tokens that were seen, and not by the steps."""
         return self.warmup_tokens is not None or self.decay_tokens is not None
+
+    def saves_at(self, step: int) -> bool:
+        """Whether a step is saved whatever the time: with auto the last one, and those that are kept for themselves."""
+        if self.checkpoint_every != "auto":
+            return step == self.steps or step % self.checkpoint_every == 0
+        kept = (self.keep_every, self.evaluate_every if self.keep_best else None)
+        return step == self.steps or any(every and step % every == 0 for every in kept)
 
     def tokens(self, step: int) -> int:
         """Tokens of the steps up to this one."""

@@ -41,8 +41,8 @@ class StepResult:
     """Of the global gradient, before clipping; infinite where it has none."""
     applied: bool
     """Whether the update was made: it is not where it was not accepted, nor where the gradient is not finite."""
-    flag: bool
-    """Whether any rank raised its flag."""
+    flag: int
+    """The greatest that any rank raised."""
     broken_ranks: tuple[int, ...]
     """Those whose loss is not finite."""
     sample_losses: np.ndarray | None
@@ -158,11 +158,11 @@ class Engine:
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
-    def step(self, share: Share, lr: float, flag: bool = False, accept: Accept | None = None) -> StepResult:
+    def step(self, share: Share, lr: float, flag: int = 0, accept: Accept | None = None) -> StepResult:
         """One optimizer step on this rank's share of the global batch.
 
         Args:
-            flag: true on any rank comes back true on all, on the collective that sums the loss.
+            flag: the greatest of all ranks comes back on all, on the collective that sums the loss.
             accept: judges the update before it is made; without it every finite one is.
         """
         for group in self._engine.optimizer.param_groups:
@@ -188,7 +188,7 @@ class Engine:
             loss=judgement.loss,
             grad_norm=judgement.grad_norm,
             applied=judgement.applied,
-            flag=any(judgement.flags),
+            flag=int(max(judgement.flags)),
             broken_ranks=tuple(rank for rank, value in enumerate(judgement.sums) if not math.isfinite(value)),
             sample_losses=None if self._tensor_rank else _sample_losses(judgement.losses, share, count),
         )
@@ -202,7 +202,7 @@ class Engine:
             sequences: of the largest part; the same on every rank.
         """
         count = math.ceil(sequences / self._plan.micro_batch_size)
-        judgement = self._judgement = _Judgement(1, False, None)
+        judgement = self._judgement = _Judgement(1, 0, None)
         batches = self._micro_batches(tokens, counted, count)
         if self._pipelined:
             pipeline.eval_batch(self._engine, batches, count)
@@ -263,7 +263,7 @@ class _Judgement:
     """What becomes known in the course of a step."""
 
     targets: int
-    flag: bool
+    flag: int
     accept: Accept | None
     losses: list[torch.Tensor] = field(default_factory=list)
     """Sums over the targets of every sequence, by micro-batch."""

@@ -81,6 +81,11 @@ class Saver:
         threading.Thread(target=self._run, args=arguments, name=f"save-{position.step}", daemon=True).start()
         return timing
 
+    @property
+    def in_flight(self) -> bool:
+        """Whether a save is being written."""
+        return self._saving is not None and not self._saving.done()
+
     def poll(self) -> None:
         """Return at once.
 

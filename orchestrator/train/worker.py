@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from enum import IntEnum
 from typing import Any
 
 from orchestrator import accelerators, storage
@@ -30,6 +31,14 @@ from orchestrator.train.watch import Watch
 log = logging.getLogger("terrane.worker")
 
 STOP_POLL_S = 1.0
+
+
+class Request(IntEnum):
+    """What rank 0 asks of all after a step; the greatest counts."""
+
+    NOTHING = 0
+    SAVE = 1
+    SAVE_AND_LEAVE = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +77,7 @@ class Waiting:
 def train_worker(values: dict[str, Any]) -> None:
     """Ray Train calls it in every worker. It makes ready, waits for its job, and returns at the last step, or when
     asked to."""
+    began = time.time()
     waiting = Waiting(**values)
     rank, agent = _ray_rank(), _Agent(waiting)
     agent.register()
@@ -80,7 +90,7 @@ def train_worker(values: dict[str, Any]) -> None:
             run = RunDir(job.run)
             with _log_file(run, job.attempt, rank):
                 _take_device(job)
-                _train(job, Recipe.model_validate(job.recipe), Plan(**job.plan), run, rank)
+                _train(job, Recipe.model_validate(job.recipe), Plan(**job.plan), run, rank, began)
 
 
 def _warm_up(waiting: Waiting, accelerator: accelerators.Accelerator) -> None:
@@ -140,7 +150,7 @@ def portable(error: BaseException) -> BaseException:
     return error
 
 
-def _train(job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int) -> None:
+def _train(job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int, began: float) -> None:
     from orchestrator.data.stream import stream
     from orchestrator.train.integrity import Integrity, Node
     from orchestrator.train.profiling import Profiler, labelled
@@ -154,7 +164,11 @@ def _train(job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int) -> None
     first = resume.step + 1 if resume else 1
     read = stream(run.corpus, schedule, role, first, config.steps)
 
+    engine_began = time.time()
     engine = _ready_engine(run, recipe, plan, manifest.vocab_size, schedule.exclusions.filler, resume)
+    if rank == 0:
+        times = {"began": began, "engine_began": engine_began, "loaded": time.time()}
+        run.log_event("worker_started", attempt=job.attempt, **times)
     shares = replicated(read, role, *reading_group(plan))
     recorder = Recorder(run, job.attempt, rank, schedule)
     saver = _saver(run, recipe, job.attempt, recorder)
@@ -163,19 +177,22 @@ def _train(job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int) -> None
     integrity = Integrity(engine, config.sequence_length, Node(socket.gethostname(), _ray_node()))
     profiler = Profiler(run.profile(job.attempt, rank), config.profile)
     stop = StopRequest(run, rank)
+    clock = _save_clock(run, recipe, rank, saver)
     updates = resume.position.updates if resume else 0
-    asked = False
+    asked = Request.NOTHING
     with contextlib.closing(recorder), contextlib.closing(saver), contextlib.closing(profiler):
         for share in recorder.timed(profiler.over(shares, first)):
-            step, held_out_loss = share.step, None
+            step, held_out_loss, asked = share.step, None, Request.NOTHING
             if share.targets:
                 lr = learning_rate(config, step)
-                result = engine.step(share, lr, stop.requested(), watch.accepts(step))
+                result = engine.step(share, lr, _request(stop, clock), watch.accepts(step))
                 recorder.computed()
                 if held_out and _due(step, config.evaluate_every, config.steps):
                     held_out_loss = held_out.loss(engine)
                 recorder.record(step, result, lr, held_out_loss)
-                updates, asked = updates + result.applied, result.flag
+                if clock:
+                    clock.stepped(recorder.compute_s)
+                updates, asked = updates + result.applied, Request(result.flag)
                 integrity.explain(share, result)
                 watch.follow(step, result)
             else:
@@ -184,7 +201,7 @@ def _train(job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int) -> None
             _inject_faults(recipe, run, rank, step, saver)
             if step == config.steps and not updates:
                 raise UserError("no step had anything to learn from: all of it is skipped, quarantined or lost")
-            saving = _due(step, config.checkpoint_every, config.steps) or asked
+            saving = config.saves_at(step) or asked >= Request.SAVE
             if config.check_every and (saving or step % config.check_every == 0):
                 with recorder.checking():  # what is committed has passed a check
                     integrity.check(step)
@@ -198,10 +215,12 @@ def _train(job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int) -> None
                 )
                 with recorder.saving(), labelled("checkpoint"):
                     engine.save(saver, position, held_out_loss)
-            if asked:
+                if clock:
+                    clock.saved(recorder.checkpoint_s)
+            if asked is Request.SAVE_AND_LEAVE:
                 break
         saver.wait()
-    if asked:
+    if asked is Request.SAVE_AND_LEAVE:
         log.info("step %d: asked to stop, state committed", step)
 
 
@@ -237,6 +256,21 @@ def _watch(job: Job, recipe: Recipe, plan: Plan, manifest: Manifest, schedule: S
 
 def _due(step: int, every: int | None, last: int) -> bool:
     return step == last or (every is not None and step % every == 0)
+
+
+def _request(stop: StopRequest, clock: Any | None) -> Request:
+    if stop.requested():
+        return Request.SAVE_AND_LEAVE
+    return Request.SAVE if clock and clock.due() else Request.NOTHING
+
+
+def _save_clock(run: RunDir, recipe: Recipe, rank: int, saver: Any) -> Any | None:
+    """On rank 0, where saves go by time."""
+    from orchestrator.train.save_clock import SaveClock, reading
+
+    if rank != 0 or recipe.train.checkpoint_every != "auto":
+        return None
+    return SaveClock(reading(run), lambda: saver.in_flight)
 
 
 def _saver(run: RunDir, recipe: Recipe, attempt: int, recorder: Recorder) -> Any:
@@ -300,7 +334,11 @@ class Recorder:
         self._out = storage.Appender(run.metrics(attempt)) if rank == 0 else None
         self._schedule = schedule
         self._started = self._received = self._computed = 0.0
+        self._check_s = 0.0
+        self.compute_s = 0.0
+        """Of the last step."""
         self.checkpoint_s = 0.0
+        """Since the last record."""
 
     def timed(self, shares: Iterator[Share]) -> Iterator[Share]:
         """Time the wait for each."""
@@ -315,6 +353,7 @@ class Recorder:
 
     def record(self, step: int, result: Any, lr: float, held_out_loss: float | None) -> None:
         now = self._computed
+        self.compute_s = now - self._received
         tokens = self._schedule.order.batch_size(step) * self._schedule.sequence_length
         line = {
             "step": step,
@@ -327,10 +366,12 @@ class Recorder:
             "tokens_per_second": tokens / (now - self._started),
             "step_time_s": now - self._started,
             "data_s": self._received - self._started,
-            "compute_s": now - self._received,
+            "compute_s": self.compute_s,
             "checkpoint_s": self.checkpoint_s,
         }
-        self._started, self.checkpoint_s = time.perf_counter(), 0.0
+        if self._check_s:
+            line["check_s"] = self._check_s
+        self._started, self.checkpoint_s, self._check_s = time.perf_counter(), 0.0, 0.0
         if held_out_loss is not None:
             line |= {"held_out_loss": held_out_loss, "evaluation_s": self._started - now}
         if self._out:
@@ -338,18 +379,21 @@ class Recorder:
 
     @contextlib.contextmanager
     def checking(self) -> Iterator[None]:
-        """Time of a check counts to no step."""
+        """Time of a check counts to the record of the step after it, and not to its step time."""
         before = time.perf_counter()
         yield
-        self._started += time.perf_counter() - before
+        took_s = time.perf_counter() - before
+        self._check_s += took_s
+        self._started += took_s
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
-        """Time of a checkpoint counts to the record of the step after it."""
+        """Time of a checkpoint, likewise."""
         before = time.perf_counter()
         yield
-        self.checkpoint_s = time.perf_counter() - before
-        self._started += self.checkpoint_s
+        took_s = time.perf_counter() - before
+        self.checkpoint_s += took_s
+        self._started += took_s
 
     def flush(self) -> None:
         """Put what is recorded on storage, where it is not yet. From any thread."""

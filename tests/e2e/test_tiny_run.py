@@ -119,6 +119,16 @@ def test_status_reads_the_run_alone(tiny: RunDir) -> None:
     assert "worker_lost" in terrane("status", tiny.uri).stdout
 
 
+def test_every_second_of_training_is_accounted_for(tiny: RunDir) -> None:
+    found = json.loads(terrane("status", tiny.uri, "--json").stdout)["goodput"]
+    measured_s = sum(
+        event["seconds"] for event in tiny.events() if event.get("stage") == "train" and "seconds" in event
+    )
+    assert sum(found["seconds"].values()) == pytest.approx(measured_s, rel=0.01)
+    assert {"productive", "checkpoint", "lost_work", "scheduling", "start_up", "load"} <= found["seconds"].keys()
+    assert [failure["outcome"] for failure in found["failures"]] == ["worker_lost"]
+
+
 def test_a_second_time_everything_is_skipped_in_seconds(tiny: RunDir) -> None:
     before = time.monotonic()
     again = terrane("run", RECIPE, f"storage={BUCKET}", "name=tiny")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from orchestrator import storage
-from orchestrator.goodput import attempt_rows
+from orchestrator.attempt_rows import attempt_rows
 from orchestrator.report import write_report
 from orchestrator.runs import RunDir
 
@@ -263,6 +263,23 @@ def test_rows_of_nothing_and_of_bare_events() -> None:
     assert (row.workers, row.layout, row.first_step, row.outcome, row.failed) == (8, None, None, None, False)
 
 
+def test_planned_resize_says_how_long_no_step_was_made() -> None:
+    events: list[dict[str, Any]] = [{"event": "attempt_ended", "time": 10.0, "attempt": 1, "outcome": "yielded"}]
+    lines = [{"attempt": number, "step": step, "time": time} for number, step, time in ((1, 1, 8.0), (2, 2, 12.5))]
+    first, second = attempt_rows(events, lines)
+    assert (first.failed, second.resize_s, second.recovery_s) == (False, 4.5, None)
+
+
+def test_recovery_starts_at_the_failure_where_it_is_known() -> None:
+    events: list[dict[str, Any]] = [
+        {"event": "fault_injected", "time": 5.0, "kind": "slow_rank"},
+        {"event": "attempt_ended", "time": 10.0, "attempt": 1, "outcome": "worker_lost", "failed_at": 8.5},
+        {"event": "first_step", "time": 14.5, "attempt": 2, "step": 1},
+    ]
+    assert attempt_rows(events, [{"attempt": 1, "step": 1, "time": 8.0, "step_time_s": 1.0}])[1].recovery_s == 6.0
+    assert attempt_rows(events, [])[1].recovery_s == 9.5, "the fault, where no step came after it"
+
+
 # --- report -----------------------------------------------------------------------------------------------------------
 
 
@@ -296,7 +313,7 @@ def test_report_of_a_finished_run_holds_every_number_that_was_asked_for(finished
 
 def test_plots_are_inline_and_only_in_the_page(finished_pages: tuple[str, str]) -> None:
     page, markdown = finished_pages
-    assert page.count("<svg") == page.count("</svg>") == 4
+    assert page.count("<svg") == page.count("</svg>") == 5
     assert "<svg" not in markdown
     ids = re.findall(r' id="([^"]*)"', page)
     assert len(ids) == len(set(ids))
@@ -381,6 +398,16 @@ def test_documents_that_do_not_add_up_are_named(run: RunDir) -> None:
     documents = {"read": 100, "kept": 70, "dropped": {"too_short": 18}}
     run.write_json(run.corpus_manifest, {"documents": documents})
     assert "Unaccounted for: 12 documents" in pages(run)[1]
+
+
+def test_what_the_wall_time_of_training_went_into_is_told(finished_pages: tuple[str, str]) -> None:
+    page, markdown = finished_pages
+    assert "goodput 62.5 %" in page
+    assert "| productive | 52.5 s | 62.5 % |" in markdown
+    assert "| worker lost | 1 |" in markdown
+    plot = page.partition("<h2>Goodput")[2].partition("</section>")[0]
+    for kind in ("productive", "checkpoint", "lost work", "detection", "scheduling", "start-up"):
+        assert f">{kind}<" in plot
 
 
 def test_interrupted_stage_ends_with_its_last_sign_of_life(run: RunDir) -> None:

@@ -34,6 +34,8 @@ ENGINE = (
     "verdicts",
     "integrity",
     "profiling",
+    "self_test",
+    "speeds",
 )
 
 
@@ -70,6 +72,7 @@ def test_the_lower_layers_know_nothing_of_the_upper_ones(file: Path) -> None:
     modules(
         "orchestrator/planning",
         "orchestrator/failures.py",
+        "orchestrator/findings.py",
         "orchestrator/goodput.py",
         "orchestrator/data/order.py",
         "orchestrator/train/spikes.py",

@@ -7,7 +7,7 @@ import time
 from collections.abc import Collection
 from dataclasses import replace
 
-from orchestrator import cluster, storage, suspects
+from orchestrator import cluster, storage
 from orchestrator.accelerators import ACCELERATORS, NodePool
 from orchestrator.config import Recipe
 from orchestrator.data import tokenizer
@@ -15,6 +15,7 @@ from orchestrator.data.manifest import load_manifest
 from orchestrator.elastic import Change, wanted_change
 from orchestrator.errors import CapacityError, Interrupted, RunFailed
 from orchestrator.lease import Lease, NodesBusy
+from orchestrator.nodes import plan_around
 from orchestrator.planning.search import Plan
 from orchestrator.planning.shape import model_shape
 from orchestrator.runs import RunDir
@@ -41,7 +42,7 @@ def make_plan(run: RunDir, recipe: Recipe, without: Collection[str] = (), prefer
     manifest = load_manifest(run.corpus)
     vocab_size = manifest.vocab_size if manifest else tokenizer.planned_vocabulary(recipe)
     pools = _without(cluster.node_pools(), without)
-    return suspects.plan_around(run, recipe, model_shape(recipe, vocab_size), pools, frozenset(prefer))
+    return plan_around(run, recipe, model_shape(recipe, vocab_size), pools, frozenset(prefer))
 
 
 class Capacity:

@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,6 +79,17 @@ ACCELERATORS = {accelerator.name: accelerator for accelerator in (CUDA, DCU, CPU
 
 
 @dataclass(frozen=True, kw_only=True)
+class Speeds:
+    """What was measured of a node."""
+
+    flops: Mapping[str, float]
+    """Operations a second in matrix products on its slowest device, by dtype."""
+    link_bytes_per_s: float | None = None
+    """To another node, over TCP; None without another."""
+    link_latency_s: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Node:
     id: str
     address: str
@@ -85,6 +97,8 @@ class Node:
     gpus: float
     memory_bytes: int
     """Host memory that Ray may give to tasks and actors."""
+    speeds: Speeds | None = None
+    """None before it was examined."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Collection
 from dataclasses import replace
 
-from orchestrator import cluster, storage, suspects
+from orchestrator import cluster, storage
 from orchestrator.accelerators import ACCELERATORS, NodePool
 from orchestrator.config import Recipe
 from orchestrator.data import tokenizer
@@ -15,6 +15,7 @@ from orchestrator.data.manifest import load_manifest
 from orchestrator.elastic import Change, wanted_change
 from orchestrator.errors import CapacityError, Interrupted, RunFailed
 from orchestrator.lease import Lease, NodesBusy
+from orchestrator.nodes import plan_around
 from orchestrator.planning.past import NOTHING, Past, learned
 from orchestrator.planning.search import Plan
 from orchestrator.planning.shape import model_shape
@@ -50,7 +51,7 @@ def make_plan(
     vocab_size = manifest.vocab_size if manifest else tokenizer.planned_vocabulary(recipe)
     pools = _without(cluster.node_pools(), without)
     shape = model_shape(recipe, vocab_size)
-    return suspects.plan_around(run, recipe, shape, pools, frozenset(prefer), past or learned(run.events()))
+    return plan_around(run, recipe, shape, pools, frozenset(prefer), past or learned(run.events()))
 
 
 class Capacity:

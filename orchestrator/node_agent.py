@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from orchestrator.examiner import Examiner
+
 OOM_COUNTERS = ("/sys/fs/cgroup/memory.events", "/proc/vmstat")
 """Where the kernel counts the processes that it killed for want of memory: of this container, of the machine."""
 
@@ -45,7 +47,7 @@ class _Group:
     """Ranks that have failed or finished: their process may end."""
 
 
-class NodeAgent:
+class NodeAgent(Examiner):
     """Call it from asyncio alone, as a Ray actor does."""
 
     def __init__(self) -> None:

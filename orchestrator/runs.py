@@ -87,8 +87,12 @@ class RunDir:
         return self.path("lost_shards.json")
 
     @property
-    def suspect_nodes(self) -> str:
-        return self.path("suspect_nodes.json")
+    def quarantined_nodes(self) -> str:
+        return self.path("quarantined_nodes.json")
+
+    @property
+    def preflights(self) -> str:
+        return self.path("preflight")
 
     @property
     def ray_train(self) -> str:
@@ -102,6 +106,10 @@ class RunDir:
     @property
     def report_markdown(self) -> str:
         return self.path("report.md")
+
+    def preflight(self, node_id: str) -> str:
+        """What was measured of a node."""
+        return storage.join(self.preflights, f"{node_id}.json")
 
     def attempt(self, number: int) -> str:
         return self.path("attempts", f"{number:03d}")

@@ -6,7 +6,7 @@ import math
 import time
 from typing import Any
 
-from orchestrator import storage, suspects
+from orchestrator import nodes, storage
 from orchestrator.attempt_rows import attempt_rows
 from orchestrator.errors import UserError
 from orchestrator.goodput import Ledger, in_words, ledger
@@ -44,7 +44,7 @@ def summarize(run: RunDir) -> dict[str, Any]:
         "lost_shards": [shard["name"] for shard in run.read_json(run.lost_shards) or []],
         "spikes": [event for event in events[begun:] if event["event"] == "spike"],
         "rollbacks": [event for event in events[begun:] if event["event"] == "rolled_back"],
-        "suspect_nodes": suspects.read(run),
+        "quarantined_nodes": nodes.read(run),
         "attempts": [vars(row) for row in attempt_rows(events, lines)],
         "goodput": _goodput(ledger(events, lines, time.time())),
         "evaluation": run.read_json(run.path("evaluation", evaluations[-1])) if evaluations else None,
@@ -105,8 +105,8 @@ def describe(summary: dict[str, Any]) -> str:
         out.append(f"  rolled back  from step {back['step']} to step {back['back_to']}, {passed}{without}")
     if summary["lost_shards"]:
         out.append(f"  goes on without  {', '.join(summary['lost_shards'])}")
-    for node in summary["suspect_nodes"]:
-        out.append(f"  suspect      {suspects.in_words(node)}")
+    for node in summary["quarantined_nodes"]:
+        out.append(f"  node         {nodes.in_words(node)}")
     if summary["checkpoints"]:
         out.append(f"  checkpoints  {', '.join(map(str, summary['checkpoints']))}")
     if evaluation := summary["evaluation"]:

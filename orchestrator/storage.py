@@ -377,6 +377,27 @@ def check_writable(uri: str) -> None:
         raise StorageError(f"cannot write to {uri}: {error}", hint) from None
 
 
+def probe(uri: str, size: int) -> float:
+    """Write a file of so many bytes below uri, read it back and delete it; returns the seconds that the write took.
+
+    Raises:
+        StorageError: one of it fails, or something else comes back; says why.
+    """
+    target, data = join(uri, f"{_TEMPORARY}{uuid.uuid4().hex}"), os.urandom(size)
+    try:
+        began = time.monotonic()
+        write(target, data)
+        took = time.monotonic() - began
+        same = read(target) == data
+        delete(target)
+    except Exception as error:  # boto3 raises a dozen unrelated classes
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(f"cannot write to {uri}: {reason}", "check the path or bucket, and its owner") from None
+    if not same:
+        raise StorageError(f"what was written to {uri} came back as something else", "check the disk or the service")
+    return took
+
+
 _TEMPORARY = ".tmp-terrane-"
 
 

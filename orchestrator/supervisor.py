@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
-from orchestrator import failures, rollback, storage, suspects
+from orchestrator import failures, nodes, rollback, storage
 from orchestrator.attempt import Attempt, OnStep
 from orchestrator.capacity import Capacity
 from orchestrator.config import Recipe
@@ -139,7 +139,7 @@ def _ending(
         set_aside_damaged(run, cause.step, cause.message)
         committed = checkpoints.committed_steps(run.checkpoints)
     if isinstance(cause, SilentCorruption):
-        suspects.note(run, number, cause)
+        nodes.note_corruption(run, number, cause)
     step = committed[-1] if committed else 0
     if outcome == "finished" and step < recipe.train.steps:
         outcome, message = ("yielded", evidence.yielded) if evidence.yielded else ("stopped", "asked to stop")

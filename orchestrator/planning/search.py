@@ -16,7 +16,7 @@ from orchestrator.planning.past import MARGIN, NOTHING, Past
 from orchestrator.planning.placement import Room, place, rooms
 from orchestrator.planning.shape import ModelShape
 from orchestrator.planning.shortage import Shortage, capacity_error, check_workers, fewest_replicas, memory_hint
-from orchestrator.planning.throughput import PLATFORMS, step_time_s
+from orchestrator.planning.throughput import platform_of, step_time_s
 from orchestrator.train_config import TrainConfig
 
 MAX_LOSERS = 4
@@ -170,6 +170,13 @@ def _best(train: TrainConfig, shape: ModelShape, fitting: list[Plan], rejected: 
     return replace(best, reason=reason, losers=(*slower[:MAX_LOSERS], *refused[:MAX_LOSERS]))
 
 
+def predicted_anew(plan: Plan, recipe: Recipe, shape: ModelShape, pools: list[NodePool]) -> Plan:
+    """A plan that was made before, with the step time that its nodes have by the speeds that are known now: what was
+    measured since must not look like a gain of another plan."""
+    pool = next((pool for pool in pools if {node.id for node in pool.nodes} & set(plan.node_ids)), None)
+    return replace(plan, step_time_s=_step_time_s(plan, recipe.train, shape, pool)) if pool else plan
+
+
 def _search(train: TrainConfig, shape: ModelShape, pool: NodePool, prefer: Set[str], past: Past) -> _Search:
     """
     Raises:
@@ -276,19 +283,8 @@ class _Search:
 
     def _plan(self, layout: Layout, replicas: int, share: int, micro_batch_size: int) -> Plan:
         accumulation = math.ceil(share / micro_batch_size)
-        time_s = step_time_s(
-            self.shape,
-            PLATFORMS[self.pool.accelerator],
-            layout,
-            data_parallel=replicas,
-            accumulation=accumulation,
-            micro_batch_size=micro_batch_size,
-            global_batch_size=share * replicas,
-            sequence_length=self.train.sequence_length,
-            width=4 if self.dtype == "fp32" else 2,
-        )
         placement = place(replicas * layout.pipeline_stages, self.rooms)
-        return Plan(
+        found = Plan(
             accelerator=self.pool.accelerator,
             node_ids=tuple(placement),
             workers_by_node=tuple(groups * layout.tensor_parallel for groups in placement.values()),
@@ -300,8 +296,23 @@ class _Search:
             parameters=self.shape.parameters,
             memory_bytes=self._memory(layout, replicas, share, micro_batch_size).total,
             available_bytes=self._available,
-            step_time_s=time_s,
+            step_time_s=0.0,
         )
+        return replace(found, step_time_s=_step_time_s(found, self.train, self.shape, self.pool))
+
+
+def _step_time_s(plan: Plan, train: TrainConfig, shape: ModelShape, pool: NodePool) -> float:
+    return step_time_s(
+        shape,
+        platform_of(pool, plan.dtype),
+        plan.layout,
+        data_parallel=plan.data_parallel,
+        accumulation=plan.accumulation,
+        micro_batch_size=plan.micro_batch_size,
+        global_batch_size=math.ceil(largest_batch(train) / plan.data_parallel) * plan.data_parallel,
+        sequence_length=train.sequence_length,
+        width=4 if plan.dtype == "fp32" else 2,
+    )
 
 
 def largest_batch(train: TrainConfig) -> int:

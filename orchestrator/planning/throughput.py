@@ -1,9 +1,12 @@
-"""Seconds that one optimizer step takes. The speeds are nominal: they rank layouts, they do not promise times."""
+"""Seconds that one optimizer step takes. The speeds rank layouts, they do not promise times: nominal ones, until what
+preflight measured takes their place."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
+from orchestrator.accelerators import ACCELERATORS, NodePool
 from orchestrator.planning.layout import Layout
 from orchestrator.planning.shape import ModelShape
 
@@ -24,6 +27,38 @@ PLATFORMS = {
     "cuda": Platform(flops=1e14, link_bytes_per_s=2.5e10, link_latency_s=2e-5, micro_batch_overhead_s=1e-3),
     "dcu": Platform(flops=6e12, link_bytes_per_s=1e10, link_latency_s=3e-5, micro_batch_overhead_s=2e-3),
 }
+
+TRAINING_EFFICIENCY = 0.4
+"""Of what a device does in matrix products alone: about what the nominal speeds are of what their devices measure."""
+
+
+def platform_of(pool: NodePool, dtype: str) -> Platform:
+    """What the slowest of the pool's measured nodes does; the nominal platform where none was measured.
+
+    A plan must not change with the noise of a measurement, so speeds are rounded to the nominal one times half powers
+    of two. Links count where training takes the same way as their measurement, TCP, and where they are slower than
+    nominal: a faster wire does not make Gloo faster.
+    """
+    nominal = PLATFORMS[pool.accelerator]
+    measured = [node.speeds for node in pool.nodes if node.speeds]
+    flops = min((speeds.flops[dtype] for speeds in measured if dtype in speeds.flops), default=0.0)
+    if flops:
+        nominal = replace(nominal, flops=_steady(TRAINING_EFFICIENCY * flops, nominal.flops))
+    if ACCELERATORS[pool.accelerator].backend != "gloo":
+        return nominal
+    bandwidth = [speeds.link_bytes_per_s for speeds in measured if speeds.link_bytes_per_s]
+    latency = [speeds.link_latency_s for speeds in measured if speeds.link_latency_s]
+    slowest = min([nominal.link_bytes_per_s, *bandwidth])
+    latest = max([nominal.link_latency_s, *latency])
+    return replace(
+        nominal,
+        link_bytes_per_s=_steady(slowest, nominal.link_bytes_per_s),
+        link_latency_s=_steady(latest, nominal.link_latency_s),
+    )
+
+
+def _steady(speed: float, nominal: float) -> float:
+    return float(nominal * 2 ** (round(2 * math.log2(speed / nominal)) / 2))
 
 
 def step_time_s(

@@ -6,10 +6,19 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from orchestrator import cluster
+from orchestrator.examiner import Examiner
+from orchestrator.findings import DeviceResult, NodeResult, StorageResult
+from orchestrator.nodes import examinations
+from orchestrator.planning.search import Plan
+from orchestrator.preflight import preflight
+from orchestrator.runs import RunDir
+from tests.made_runs import recipe
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +59,36 @@ def test_work_can_be_kept_on_a_node(mixed: None) -> None:
         for node in pool.nodes:
             found = where.options(label_selector=cluster.on_node(node.id)).remote()
             assert ray.get(found, timeout=60) == node.id
+
+
+class GivenNumbers(Examiner):
+    """An agent that measures links alone, which takes no time."""
+
+    async def preflight(self, **request: Any) -> NodeResult:
+        device = DeviceResult(device=0, flops={"fp32": 1e11}, bytes_per_s=1e10)
+        return NodeResult(accelerator="cpu", devices=(device,), storage=StorageResult())
+
+
+def test_preflight_reaches_every_node_and_measures_the_links_between_them(mixed: None, tmp_path: Path) -> None:
+    import ray
+
+    names = sorted(node.id for pool in cluster.node_pools() for node in pool.nodes)
+    made = ray.remote(GivenNumbers)
+    agents = {name: made.options(num_cpus=0.1, label_selector=cluster.on_node(name)).remote() for name in names}
+    plan = Plan(
+        accelerator="cpu",
+        node_ids=tuple(names),
+        workers_by_node=(1, 1, 1),
+        data_parallel=3,
+        micro_batch_size=1,
+        accumulation=1,
+        dtype="fp32",
+        parameters=1,
+        memory_bytes=1,
+        step_time_s=1.0,
+    )
+    run = RunDir(str(tmp_path))
+    assert preflight(run, recipe(str(tmp_path)), plan, agents, {}, {}) == []
+    found = examinations(run, names)
+    assert [sorted(found[name].links) for name in names] == [[n for n in names if n != name] for name in names]
+    assert all(link.bytes_per_s > 1e6 for one in found.values() for link in one.links.values())

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import json
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,15 +11,15 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from orchestrator import cluster
-from orchestrator.accelerators import Node, NodePool
+from orchestrator.accelerators import Node, NodePool, Speeds
 from orchestrator.config import Recipe
 from orchestrator.errors import CapacityError, PlanError, UserError
 from orchestrator.planning.layout import layout_of
 from orchestrator.planning.memory import worker_memory
 from orchestrator.planning.past import NOTHING, Past, learned
-from orchestrator.planning.search import Plan, plan
+from orchestrator.planning.search import Plan, plan, predicted_anew
 from orchestrator.planning.shape import ModelShape
-from orchestrator.planning.throughput import PLATFORMS, step_time_s
+from orchestrator.planning.throughput import PLATFORMS, platform_of, step_time_s
 
 GIB = 2**30
 SMALL = ModelShape(layers=4, hidden_size=256, heads=4, vocab_size=8192, parameters=5_000_000, block_parameters=786_432)
@@ -341,6 +342,51 @@ def test_a_run_that_had_enough_devices_for_its_memory_waits_for_them() -> None:
         plan(recipe(**settings), LARGE, half)
     with pytest.raises(PlanError, match="no layout fits"):
         plan(recipe(**settings, workers=1), LARGE, half, past=past)
+
+
+# --- measured speeds --------------------------------------------------------------------------------------------------
+
+
+def measured(given: NodePool, *flops: float, **link: float) -> NodePool:
+    found = [Speeds(flops={"fp32": value, "bf16": 2 * value, "fp16": 2 * value}, **link) for value in flops]
+    return replace(given, nodes=tuple(replace(n, speeds=speeds) for n, speeds in zip(given.nodes, found, strict=False)))
+
+
+def test_the_slowest_measured_device_takes_the_place_of_the_nominal_one() -> None:
+    fast, slow = (measured(pool("cuda", nodes=3, gpus=8), *speeds) for speeds in ((3e14,) * 3, (3e14, 3e13, 3e14)))
+    assert platform_of(slow, "bf16").flops == pytest.approx(platform_of(fast, "bf16").flops / 10, rel=0.3)
+    assert platform_of(slow, "fp32").flops < platform_of(slow, "bf16").flops
+    assert platform_of(pool("cuda", gpus=8), "bf16") == PLATFORMS["cuda"]
+
+
+def test_the_noise_of_a_measurement_does_not_change_a_plan() -> None:
+    one, again = (platform_of(measured(pool(), value), "fp32") for value in (0.86e11, 1.15e11))
+    assert one == again == PLATFORMS["cpu"]
+
+
+def test_a_slow_wire_counts_where_training_uses_it_and_a_fast_one_makes_gloo_no_faster() -> None:
+    slow, fast = {"link_bytes_per_s": 1e8, "link_latency_s": 1e-3}, {"link_bytes_per_s": 9e9, "link_latency_s": 1e-6}
+    found = platform_of(measured(pool(), 1e11, **slow), "fp32")
+    assert (found.link_bytes_per_s, found.link_latency_s) == pytest.approx((1e8, 1e-3), rel=0.2)
+    for kept in (measured(pool(), 1e11, **fast), measured(pool("cuda", gpus=1), 1e14, **slow)):
+        nominal = PLATFORMS[kept.accelerator]
+        assert platform_of(kept, "fp32").link_bytes_per_s == nominal.link_bytes_per_s
+        assert platform_of(kept, "fp32").link_latency_s == nominal.link_latency_s
+
+
+def test_the_pool_that_measures_faster_is_chosen() -> None:
+    dcu, cuda = pool("dcu", gpus=4), pool("cuda", gpus=4)
+    assert plan(recipe(workers=4), SMALL, [dcu, cuda]).accelerator == "cuda"
+    assert plan(recipe(workers=4), SMALL, [measured(dcu, 1e14), measured(cuda, 1e12)]).accelerator == "dcu"
+
+
+def test_a_plan_that_was_made_by_other_speeds_is_predicted_anew() -> None:
+    before = plan(recipe(), SMALL, [pool()])
+    slow = [measured(pool(), 1e9)]
+    anew = predicted_anew(before, recipe(), SMALL, slow)
+    assert anew.step_time_s == plan(recipe(workers=2), SMALL, slow).step_time_s > before.step_time_s
+    assert replace(anew, step_time_s=before.step_time_s) == before
+    assert predicted_anew(before, recipe(), SMALL, [pool("cuda", gpus=1)]) == before, "its nodes are gone"
 
 
 def test_a_plan_survives_json() -> None:

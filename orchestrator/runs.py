@@ -2,7 +2,7 @@
 
 <storage>/<run>/
   recipe.yaml  resolved.json
-  corpus/  events/  metrics/  attempts/  checkpoints/  evaluation/  serving/  model/
+  drivers/  corpus/  events/  metrics/  attempts/  checkpoints/  evaluation/  serving/  model/
   report.html  report.md
 """
 
@@ -93,6 +93,11 @@ class RunDir:
     @property
     def preflights(self) -> str:
         return self.path("preflight")
+
+    @property
+    def drivers(self) -> str:
+        """The claims of the processes that drive the run."""
+        return self.path("drivers")
 
     @property
     def ray_train(self) -> str:
@@ -282,9 +287,8 @@ def open_run(
         check: called before anything is written; raises for a recipe that does not go with what the run has trained.
 
     Raises:
-        UserError: the storage cannot be written, or the run was begun with other values.
+        UserError: the run was begun with other values.
     """
-    storage.check_writable(storage.absolute(recipe.storage))
     run = run_of(recipe)
     values = recipe.model_dump(mode="json")
     before = run.read_json(run.resolved)

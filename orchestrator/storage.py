@@ -153,7 +153,10 @@ def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
 
     seen: set[tuple[int, int]] = set()
     for folder, inner, names in os.walk(root, followlinks=True, onerror=tell):
-        stat = Path(folder).stat()
+        try:
+            stat = Path(folder).stat()
+        except FileNotFoundError:
+            continue  # deleted since it was listed
         if (stat.st_dev, stat.st_ino) in seen:
             inner.clear()
             continue
@@ -340,6 +343,13 @@ def delete(uri: str) -> None:
         shutil.rmtree(uri, ignore_errors=True)
     else:
         Path(uri).unlink(missing_ok=True)
+
+
+def delete_empty(uri: str) -> None:
+    """Delete a local directory if nothing is left in it; on S3 such a directory is not there."""
+    if not is_s3(uri):
+        with contextlib.suppress(OSError):
+            Path(uri).rmdir()
 
 
 @contextlib.contextmanager

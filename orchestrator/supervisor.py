@@ -14,6 +14,7 @@ from orchestrator.capacity import Capacity
 from orchestrator.config import Recipe
 from orchestrator.data.manifest import Manifest, load_manifest
 from orchestrator.data.schedule import Schedule
+from orchestrator.drivers import Driver
 from orchestrator.endings import Evidence, first_line, judge
 from orchestrator.errors import CheckpointDamaged, Interrupted, RunFailed, ShardLost, SilentCorruption, StepFailed
 from orchestrator.evaluation.held_out import sequences_of
@@ -21,6 +22,7 @@ from orchestrator.failures import Decision, Ending
 from orchestrator.lease import Lease
 from orchestrator.planning.search import Plan
 from orchestrator.resume import (
+    begin_attempt,
     check_lost_shards,
     check_past,
     data_schedule,
@@ -40,7 +42,7 @@ from orchestrator.train.checkpoints import Commit
 log = logging.getLogger(__name__)
 
 
-def supervise(run: RunDir, recipe: Recipe, on_step: OnStep, own_cluster: bool = False) -> Commit:
+def supervise(run: RunDir, recipe: Recipe, driver: Driver, on_step: OnStep, own_cluster: bool = False) -> Commit:
     """Train to the last step, through any number of attempts.
 
     Args:
@@ -51,7 +53,7 @@ def supervise(run: RunDir, recipe: Recipe, on_step: OnStep, own_cluster: bool = 
         The commit of the last step.
 
     Raises:
-        RunFailed: the run was given up; says why.
+        RunFailed: the run was given up, or another driver has taken it over; says why.
         Interrupted: it was asked to stop, and its state is committed.
     """
     storage.delete(run.stop_request)
@@ -66,7 +68,12 @@ def supervise(run: RunDir, recipe: Recipe, on_step: OnStep, own_cluster: bool = 
             schedule = data_schedule(run, recipe, manifest)
             chosen = capacity.plan()
             group, ready = standby.take(chosen)
-            number = _claim(run, recipe, chosen, schedule, resume, ready)
+            number = run.claim_attempt(_as_json(chosen))
+            driver.check()
+            resume = begin_attempt(run, number)
+            if resume and resume.step >= recipe.train.steps:
+                return resume
+            _record(run, recipe, number, chosen, schedule, resume, ready)
             group.go(_job(run, recipe, chosen, number, schedule, resume, lease))
             attempt = Attempt(
                 run,
@@ -80,6 +87,7 @@ def supervise(run: RunDir, recipe: Recipe, on_step: OnStep, own_cluster: bool = 
                 on_step,
             )
             evidence = attempt.follow()
+            driver.check()
             ending = _ending(run, recipe, number, chosen, resume, attempt.last_step, evidence)
             endings.append(ending)
             _act(run, recipe, ending, _decide(run, recipe, manifest, endings))
@@ -98,17 +106,17 @@ def _checked_manifest(run: RunDir, recipe: Recipe) -> Manifest:
     return manifest
 
 
-def _claim(run: RunDir, recipe: Recipe, chosen: Plan, schedule: Schedule, resume: Commit | None, standby: bool) -> int:
-    """Take the next attempt's number, and put on record what it is to do."""
+def _record(
+    run: RunDir, recipe: Recipe, number: int, chosen: Plan, schedule: Schedule, resume: Commit | None, standby: bool
+) -> None:
+    """Put on record what an attempt is to do."""
     step = resume.step if resume else 0
-    number = run.claim_attempt(_as_json(chosen))
     record_schedule(run, number, schedule, chosen.shares, step)
     run.log_event("planned", attempt=number, plan=_as_json(chosen), reason=chosen.reason)
     run.log_event("attempt_started", attempt=number, workers=chosen.workers, resume_step=step, standby=standby)
     log.info("attempt %d: %s (%s), from step %d of %d", number, chosen, chosen.reason, step, recipe.train.steps)
     how = "sending off the workers that stand by" if standby else f"starting {chosen.workers} workers"
     log.info("attempt %d: %s", number, how)
-    return number
 
 
 def _job(

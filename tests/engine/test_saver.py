@@ -65,7 +65,7 @@ def refused(uri: str) -> bool:
 @contextlib.contextmanager
 def changed(uri: str, file: Path, data: bytes | None) -> Iterator[None]:
     """A file of the newest checkpoint that holds something else, or is not there."""
-    marker = Path(checkpoints.step_directory(uri, 2), checkpoints.COMMITTED)
+    marker = Path(checkpoints.marker(uri, 2, attempt=1))
     before = {path: path.read_bytes() for path in (marker, file)}
     file.unlink() if data is None else file.write_bytes(data)
     try:
@@ -77,7 +77,8 @@ def changed(uri: str, file: Path, data: bytes | None) -> Iterator[None]:
 
 
 def files_of(uri: str) -> list[Path]:
-    found = sorted(path for path in Path(checkpoints.step_directory(uri, 2)).rglob("*") if path.is_file())
+    found = [path for path in Path(checkpoints.step_directory(uri, 2)).rglob("*") if path.is_file()]
+    found.sort(key=lambda path: (path.name != checkpoints.COMMITTED, path.name))
     assert [path.name for path in found] == ["COMMITTED", ".metadata", "__0_0.distcp", "__1_0.distcp"]
     return found
 
@@ -235,6 +236,29 @@ def test_a_full_disk_is_told_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     saver.save(position(1), [Fragment("weight", shape, Box.whole(shape), {PARAM: torch.ones(shape)})])
     with pytest.raises(SaveFailed, match="No space left on device"):
         saver.wait()
+
+
+def test_before_a_save_that_would_not_fit_older_checkpoints_go(tmp_path: Path) -> None:
+    room = [10**9, 10**9, 0]
+    stood: list[list[int]] = []
+    saver = Saver(
+        str(tmp_path),
+        1,
+        Retention(last=9),
+        lambda commit, timing: stood.append(checkpoints.committed_steps(str(tmp_path))),
+        lambda: room.pop(0),
+    )
+    for step in (1, 2, 3):
+        saver.save(position(step), fragments(step))
+    saver.wait()
+    assert stood == [[1], [1, 2], [2, 3]]
+
+
+def test_a_storage_that_cannot_be_asked_for_room_stops_no_save(tmp_path: Path) -> None:
+    saver = Saver(str(tmp_path), 1, Retention(last=1), lambda commit, timing: None, lambda: 1 / 0)
+    saver.save(position(1), fragments(1))
+    saver.wait()
+    assert newest(str(tmp_path)).step == 1
 
 
 def test_a_follow_up_that_fails_is_told(tmp_path: Path) -> None:

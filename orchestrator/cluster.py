@@ -101,6 +101,13 @@ def node_pools() -> list[NodePool]:
     ]
 
 
+def hosts() -> dict[str, str]:
+    """The names of the nodes' machines, by node id."""
+    import ray
+
+    return {row["NodeID"]: row["NodeManagerHostname"] for row in ray.nodes() if row["Alive"]}
+
+
 def draining() -> dict[str, float]:
     """Nodes that are about to go, and when, in unix seconds; 0 where that is not known.
 

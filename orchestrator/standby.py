@@ -12,7 +12,7 @@ from orchestrator.lease import Lease
 from orchestrator.node_agent import Report
 from orchestrator.planning.search import Plan
 from orchestrator.runs import RunDir
-from orchestrator.worker_group import WorkerGroup
+from orchestrator.worker_group import Examination, WorkerGroup
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,8 @@ class Standby:
             self._group = self._start(plan)
 
     def ready(self, plan: Plan) -> bool:
-        return self._group is not None and self._group.fits(plan) and self._group.ready
+        group = self._group
+        return group is not None and group.fits(plan) and group.ready and group.examination.ended.is_set()
 
     def take(self, plan: Plan) -> tuple[WorkerGroup, bool]:
         """The group of the attempt to come, and whether it stands ready; one that stands elsewhere is sent home."""
@@ -76,6 +77,7 @@ class Standby:
 
     def _start(self, plan: Plan) -> WorkerGroup:
         self._started = [group for group in self._started if not group.unwound(0)]
-        group = WorkerGroup(self._run, self._recipe, self._vocab_size, plan, self._lease)
+        examination = Examination(self._run, self._recipe, plan, self._lease)
+        group = WorkerGroup(self._run, self._recipe, self._vocab_size, plan, self._lease, examination)
         self._started.append(group)
         return group

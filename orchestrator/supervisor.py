@@ -68,6 +68,9 @@ def supervise(run: RunDir, recipe: Recipe, driver: Driver, on_step: OnStep, own_
             schedule = data_schedule(run, recipe, manifest)
             chosen = capacity.plan()
             group, ready = standby.take(chosen)
+            if group.examination.found_fault():
+                group.dismiss()
+                continue
             number = run.claim_attempt(_as_json(chosen))
             driver.check()
             resume = begin_attempt(run, number)

@@ -14,12 +14,13 @@ import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from orchestrator import storage
+from orchestrator import cluster, storage
 from orchestrator.accelerators import ACCELERATORS
 from orchestrator.config import Recipe
 from orchestrator.lease import WORKER_CPUS, Lease
 from orchestrator.node_agent import Report
 from orchestrator.planning.search import Plan
+from orchestrator.preflight import preflight
 from orchestrator.runs import RunDir
 
 log = logging.getLogger(__name__)
@@ -30,16 +31,53 @@ CAUSE_S = 0.3
 """How long after the first sign of an attempt's end others are waited for: a cause may come after its consequence."""
 
 
+class Examination(threading.Thread):
+    """Preflight of those nodes of a plan that are new to the run, beside the start of the workers there."""
+
+    def __init__(self, run: RunDir, recipe: Recipe, plan: Plan, lease: Lease) -> None:
+        super().__init__(name="preflight", daemon=True)
+        agents = {node: agent for node, agent in lease.agents.items() if node in plan.node_ids}
+        self._arguments = (run, recipe, plan, agents, lease.device_ids, cluster.hosts())
+        self._bad = False
+        self._error: Exception | None = None
+        self.ended = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._bad = bool(preflight(*self._arguments))
+        except Exception as error:  # raised by the caller of found_fault
+            self._error = error
+        finally:
+            self.ended.set()
+
+    def found_fault(self) -> bool:
+        """Whether a node was put in quarantine; waits for the end.
+
+        Raises:
+            StorageError: no node can write to the storage of the run.
+        """
+        while not self.ended.wait(0.2):
+            pass
+        if self._error:
+            raise self._error
+        return self._bad
+
+
 class WorkerGroup:
     """It begins to start when it is made.
 
     Args:
         plan: where the workers stand. What they do is in the job that they are sent off with.
+        examination: of their nodes, under way.
     """
 
-    def __init__(self, run: RunDir, recipe: Recipe, vocab_size: int, plan: Plan, lease: Lease) -> None:
+    def __init__(
+        self, run: RunDir, recipe: Recipe, vocab_size: int, plan: Plan, lease: Lease, examination: Examination
+    ) -> None:
         self.name = uuid.uuid4().hex[:12]
         self.plan = plan
+        self.examination = examination
         self._lease = lease
         self.arrived: set[int] = set()
         self.finished: set[int] = set()

@@ -317,11 +317,17 @@ def chat(
 
 
 @app.command()
-def doctor(as_json: AsJson = False, address: Address = None) -> None:
+def doctor(
+    as_json: AsJson = False,
+    address: Address = None,
+    preflight: Annotated[
+        bool, typer.Option(help="Measure this machine's first device, and test its arithmetic.")
+    ] = False,
+) -> None:
     """What this machine, or the cluster at --address, can run, with what to fix."""
-    from orchestrator.doctor import examine
+    from orchestrator.doctor import examine, measured
 
-    checks = examine(address)
+    checks = [*examine(address), *(measured() if preflight else [])]
     if as_json:
         typer.echo(json.dumps([vars(check) for check in checks], indent=2))
     else:

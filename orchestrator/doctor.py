@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -15,6 +17,7 @@ from orchestrator.accelerators import CPU
 
 PACKAGES = ("ray", "torch", "deepspeed", "transformers", "tokenizers", "pyarrow")
 COMPILE_TIMEOUT_S = 600
+MEASURE_TIMEOUT_S = 120
 MIN_FREE_GIB = 5
 
 
@@ -29,6 +32,22 @@ class Check:
 def examine(address: str | None = None) -> list[Check]:
     """Every check, of this machine or of the cluster at an address."""
     return list(_cluster(address) if address else _machine())
+
+
+def measured() -> Iterator[Check]:
+    """How fast the first device of this machine computes, and whether correctly; takes seconds."""
+    from orchestrator.examiner import examine as measure
+
+    accelerator = accelerators.local_accelerator().name
+    with tempfile.TemporaryDirectory(prefix="terrane-") as folder:
+        found = asyncio.run(measure(accelerator, [], ("fp32", "bf16"), 1, folder, MEASURE_TIMEOUT_S))
+    if found.error:
+        yield Check("preflight", False, found.error, "look at the device's driver")
+    for device in found.devices:
+        speeds = [f"{value / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, value in device.flops.items()]
+        wrong = device.error or "; ".join(device.wrong)
+        told = wrong or f"{', '.join(speeds)}, memory {device.bytes_per_s / 1e9:,.0f} GB/s"
+        yield Check(device.name or accelerator, not wrong, told, "test the device, and leave it out meanwhile")
 
 
 def _machine() -> Iterator[Check]:

@@ -380,4 +380,4 @@ def _is(error: BaseException, *names: str) -> bool:
 
 
 def _named(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -47,6 +47,15 @@ def resume_point(run: RunDir) -> Commit | None:
     return checkpoints.newest(run.checkpoints, lambda step, what: _tell_damage(run, step, what))
 
 
+def begin_attempt(run: RunDir, attempt: int) -> Commit | None:
+    """From here on this attempt may commit, and none before it; returns what it goes on from.
+
+    To be called with the number that `RunDir.claim_attempt` gave, and only then looking for the checkpoint: what an
+    attempt before it commits later does not count.
+    """
+    return checkpoints.begin(run.checkpoints, attempt, lambda step, what: _tell_damage(run, step, what))
+
+
 def set_aside_damaged(run: RunDir, step: int, what: str) -> None:
     """Take back the commit of a checkpoint whose reader found damage: the one before counts."""
     _tell_damage(run, step, what)
@@ -104,9 +113,9 @@ def _check_rates(run: RunDir, config: TrainConfig, last: int) -> None:
 
 def _position(run: RunDir) -> Position | None:
     """Of the newest commit that can be read; one that cannot is set aside later, with those of damaged files."""
-    for step in reversed(checkpoints.committed_steps(run.checkpoints)):
+    for step, attempt in reversed(checkpoints.committed(run.checkpoints).items()):
         with contextlib.suppress(StorageError, FileNotFoundError):
-            return checkpoints.read_commit(run.checkpoints, step).position
+            return checkpoints.read_commit(run.checkpoints, step, attempt).position
     return None
 
 
@@ -267,8 +276,8 @@ def _exclusions(run: RunDir, recipe: Recipe, manifest: Manifest) -> Exclusions:
 def start_over(run: RunDir, recipe: Recipe) -> None:
     """Begin anew: the next attempt starts at step 1, and nothing that the attempts so far have committed counts.
 
-    That holds from one write on, so that neither a kill nor an attempt that is still running brings the past back. No
-    checkpoint is deleted.
+    That holds from one write on, so that neither a kill nor an attempt that is still running brings the past back. The
+    checkpoints stay until training is past them (`checkpoints.retain`).
 
     Raises:
         UserError: the recipe does not go with the corpus; nothing is set aside then.
@@ -287,8 +296,6 @@ def finish_start_over(run: RunDir) -> None:
     if begun is None or begun["set_aside"]:
         return
     last = begun["last_attempt"]
-    for step in reversed(checkpoints.all_steps(run.checkpoints)):
-        checkpoints.set_aside(run.checkpoints, step, "started-over")
     for folder in ("evaluation", "serving"):
         for name in storage.list_files(run.path(folder)):
             place = run.path("set-aside", f"{last:03d}", folder, name)

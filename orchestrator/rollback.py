@@ -7,10 +7,8 @@ count until the run is started over; nothing else keeps them.
 from __future__ import annotations
 
 import logging
-import math
 
 from orchestrator.config import Recipe
-from orchestrator.errors import StorageError
 from orchestrator.runs import RunDir
 from orchestrator.train import checkpoints, spikes
 from orchestrator.train.spikes import Rollback
@@ -43,24 +41,14 @@ def roll_back(run: RunDir, recipe: Recipe, attempt: int, step: int) -> Rollback:
 
 
 def finish(run: RunDir) -> None:
-    """Set aside the checkpoints that the run went back behind, and record that it did, where that was not done to its
-    end."""
+    """See that the checkpoints that the run went back behind do not count, and record that it did, where that was not
+    done to its end."""
     backs = rollbacks(run)
     recorded = {event["attempt"] for event in run.events() if event["event"] == "rolled_back"} if backs else set()
     for found in backs:
-        for step in checkpoints.committed_steps(run.checkpoints):
-            if step > found.back_to and _attempt_of(run, step) <= found.attempt:
-                checkpoints.set_aside(run.checkpoints, step, "rolled-back")
         if found.attempt not in recorded:
+            checkpoints.go_back(run.checkpoints, found.attempt, found.back_to)
             run.log_event("rolled_back", **vars(found), quarantined=quarantined_by(run, found.attempt))
-
-
-def _attempt_of(run: RunDir, step: int) -> float:
-    """Of a commit; one that cannot be read is set aside where it is needed."""
-    try:
-        return checkpoints.read_commit(run.checkpoints, step).attempt
-    except StorageError:
-        return math.inf
 
 
 def rollbacks(run: RunDir) -> list[Rollback]:

@@ -342,6 +342,13 @@ def delete(uri: str) -> None:
         Path(uri).unlink(missing_ok=True)
 
 
+def delete_empty(uri: str) -> None:
+    """Delete a local directory if nothing is left in it; on S3 such a directory is not there."""
+    if not is_s3(uri):
+        with contextlib.suppress(OSError):
+            Path(uri).rmdir()
+
+
 @contextlib.contextmanager
 def local_directory(uri: str) -> Iterator[Path]:
     """A local directory with the content of uri: itself, or a copy that is deleted afterwards."""

@@ -21,6 +21,7 @@ from orchestrator.failures import Decision, Ending
 from orchestrator.lease import Lease
 from orchestrator.planning.search import Plan
 from orchestrator.resume import (
+    begin_attempt,
     check_lost_shards,
     check_past,
     data_schedule,
@@ -66,7 +67,11 @@ def supervise(run: RunDir, recipe: Recipe, on_step: OnStep, own_cluster: bool = 
             schedule = data_schedule(run, recipe, manifest)
             chosen = capacity.plan()
             group, ready = standby.take(chosen)
-            number = _claim(run, recipe, chosen, schedule, resume, ready)
+            number = run.claim_attempt(_as_json(chosen))
+            resume = begin_attempt(run, number)
+            if resume and resume.step >= recipe.train.steps:
+                return resume
+            _record(run, recipe, number, chosen, schedule, resume, ready)
             group.go(_job(run, recipe, chosen, number, schedule, resume, lease))
             attempt = Attempt(
                 run,
@@ -98,17 +103,17 @@ def _checked_manifest(run: RunDir, recipe: Recipe) -> Manifest:
     return manifest
 
 
-def _claim(run: RunDir, recipe: Recipe, chosen: Plan, schedule: Schedule, resume: Commit | None, standby: bool) -> int:
-    """Take the next attempt's number, and put on record what it is to do."""
+def _record(
+    run: RunDir, recipe: Recipe, number: int, chosen: Plan, schedule: Schedule, resume: Commit | None, standby: bool
+) -> None:
+    """Put on record what an attempt is to do."""
     step = resume.step if resume else 0
-    number = run.claim_attempt(_as_json(chosen))
     record_schedule(run, number, schedule, chosen.shares, step)
     run.log_event("planned", attempt=number, plan=_as_json(chosen), reason=chosen.reason)
     run.log_event("attempt_started", attempt=number, workers=chosen.workers, resume_step=step, standby=standby)
     log.info("attempt %d: %s (%s), from step %d of %d", number, chosen, chosen.reason, step, recipe.train.steps)
     how = "sending off the workers that stand by" if standby else f"starting {chosen.workers} workers"
     log.info("attempt %d: %s", number, how)
-    return number
 
 
 def _job(

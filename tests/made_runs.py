@@ -88,7 +88,7 @@ def commit(run: RunDir, chosen: Schedule, step: int, attempt: int = 1, watch: di
     storage.write(storage.join(directory, name), data)
     position = Position(step=step, updates=step, past=chosen.past(step), watch=watch or {})
     made = Commit(attempt=attempt, position=position, files={name: len(data)}, metadata_xxh3="")
-    storage.write(storage.join(directory, checkpoints.COMMITTED), checkpoints.sealed(made))
+    storage.write(checkpoints.marker(run.checkpoints, step, attempt), checkpoints.sealed(made))
     return made
 
 
@@ -97,6 +97,7 @@ def train(run: RunDir, settings: Recipe, first: int, last: int, shares: tuple[in
     chosen = resume.data_schedule(run, settings, manifest_of(run))
     run.write_json(run.resolved, {"recipe": settings.model_dump(mode="json"), "versions": {}})
     attempt = run.claim_attempt({"shares": shares})
+    resume.begin_attempt(run, attempt)
     resume.record_schedule(run, attempt, chosen, shares, first - 1)
     done = [step for step in range(first, last + 1) if not chosen.skips(step)]
     rest = {"loss": attempt, "tokens_per_second": 1.0, "step_time_s": 1.0, "data_s": 0.0}

@@ -1,31 +1,34 @@
 """Checkpoints: fragments in torch.distributed.checkpoint's format, trusted only once committed.
 
     checkpoints/step-00000100/attempt-001/   __0_0.distcp ... .metadata
-    checkpoints/step-00000100/COMMITTED      names the attempt, every file with its size, and the hash of .metadata
+                                             COMMITTED: every file with its size, and the hash of .metadata
+    checkpoints/succession/                  which attempt may commit, and which commits count (train.succession)
 
-COMMITTED is created conditionally and last, so a step is committed once, whole, or not at all. It is sealed with a hash
-of its own; .metadata holds those of the fragments, which are checked as they are read. Imports no Ray.
+COMMITTED is created last, so that an attempt commits a step whole or not at all. It is sealed with a hash of its own;
+.metadata holds those of the fragments, which are checked as they are read. Of several attempts that have committed a
+step one counts, or none; an attempt never touches what another has written, so that one which wakes up late does no
+harm. Imports no Ray.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from orchestrator import storage
 from orchestrator.errors import CheckpointDamaged, RunFailed, StorageError, UserError
-from orchestrator.runs import last_before_start_over
+from orchestrator.runs import STARTED_OVER, last_before_start_over
+from orchestrator.train.succession import FOLDER, Succession, mark_back, mark_begun, mark_resumed, succession
 
 COMMITTED = "COMMITTED"
-FORMAT = 4
+FORMAT = 5
 
-_STEP_DIRECTORY = re.compile(r"step-[0-9]{8,}", re.ASCII)
+_FILE_OF_STEP = re.compile(r"step-([0-9]{8,})/(?:attempt-([0-9]{3,})/)?(.+)", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,45 +108,91 @@ def step_directory(checkpoints: str, step: int) -> str:
     return storage.join(checkpoints, f"step-{step:08d}")
 
 
+def marker(checkpoints: str, step: int, attempt: int) -> str:
+    """COMMITTED of an attempt's save of a step."""
+    return storage.join(step_directory(checkpoints, step), attempt_folder(attempt), COMMITTED)
+
+
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
 def committed_steps(checkpoints: str) -> list[int]:
     """Steps with a commit that counts, in order."""
-    after = last_before_start_over(checkpoints)
-    return [step for step in all_steps(checkpoints) if not after or _attempt_of(checkpoints, step) > after]
+    return list(committed(checkpoints))
 
 
-def all_steps(checkpoints: str) -> list[int]:
-    """Steps with a commit, in order, those from before the run began anew among them."""
-    return sorted(step for step, name in _files_of_steps(checkpoints) if name == COMMITTED)
+def committed(checkpoints: str) -> dict[int, int]:
+    """The attempt of each commit that counts, by step, in order.
 
-
-def _files_of_steps(checkpoints: str) -> Iterator[tuple[int, str]]:
-    """(step, name below its directory) of every file; what others keep beside the steps, as copies, is passed over."""
-    for path in storage.list_files(checkpoints):
-        directory, _, name = path.partition("/")
-        if name and _STEP_DIRECTORY.fullmatch(directory):
-            yield int(directory.removeprefix("step-")), name
-
-
-def _attempt_of(checkpoints: str, step: int) -> float:
-    """Of a commit of any version; one that cannot be read counts, and is set aside where it is needed."""
-    try:
-        return float(storage.read_json(storage.join(step_directory(checkpoints, step), COMMITTED))["attempt"])
-    except FileNotFoundError:
-        return 0
-    except (StorageError, TypeError, KeyError, ValueError):
-        return math.inf
-
-
-def read_commit(checkpoints: str, step: int) -> Commit:
-    """
     Raises:
+        UserError: another version of Terrane wrote them.
+    """
+    return _look(checkpoints).committed
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Save:
+    """What an attempt has stored of a step."""
+
+    step: int
+    attempt: int
+    mark: str
+    """COMMITTED, or COMMITTED.<why> for one that was set aside; empty without a commit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """What one look at the names shows."""
+
+    saves: list[_Save]
+    succession: Succession
+
+    @property
+    def committed(self) -> dict[int, int]:
+        """See `committed`. Attempts that nobody recorded all count; the newest one's commit is taken."""
+        found = sorted((save.step, save.attempt) for save in self.saves if self.counts(save))
+        return dict(found)
+
+    def counts(self, save: _Save) -> bool:
+        return save.mark == COMMITTED and self.succession.counts(save.step, save.attempt)
+
+    def has_replaced(self, attempt: int) -> bool:
+        return self.succession.has_replaced(attempt) or any(by > attempt for by in self.committed.values())
+
+
+def _look(checkpoints: str) -> _Stored:
+    """One listing; what others keep beside the steps, as copies, is passed over."""
+    names = storage.list_files(checkpoints)
+    marks = [name.removeprefix(f"{FOLDER}/") for name in names if name.startswith(f"{FOLDER}/")]
+    before = last_before_start_over(checkpoints) if STARTED_OVER in names else 0
+    saves: dict[tuple[int, int], str] = {}
+    for found in filter(None, map(_FILE_OF_STEP.fullmatch, names)):
+        if found[2] is not None:
+            mark = found[3] if found[3].startswith(COMMITTED) else ""
+            place = int(found[1]), int(found[2])
+            saves[place] = mark if mark == COMMITTED else saves.get(place) or mark
+        elif found[3] == COMMITTED and not before:
+            raise UserError(
+                f"{storage.join(checkpoints, found[0])} is of an earlier version of Terrane",
+                "go on with the version that began the run, or begin anew with --start-over",
+            )
+    return _Stored(
+        saves=[_Save(step=step, attempt=attempt, mark=mark) for (step, attempt), mark in saves.items()],
+        succession=succession(marks, before),
+    )
+
+
+def read_commit(checkpoints: str, step: int, attempt: int | None = None) -> Commit:
+    """
+    Args:
+        attempt: whose commit; without it the one that counts.
+
+    Raises:
+        FileNotFoundError: there is none.
         CheckpointDamaged: COMMITTED is not as it was written, or was written for another step.
         UserError: another version of Terrane wrote it.
     """
-    uri = storage.join(step_directory(checkpoints, step), COMMITTED)
+    uri = marker(checkpoints, step, committed(checkpoints).get(step, 0) if attempt is None else attempt)
     values = _unsealed(uri, storage.read(uri))
     if values["format"] != FORMAT:
         raise UserError(
@@ -151,8 +200,8 @@ def read_commit(checkpoints: str, step: int) -> Commit:
             "go on with the version that began the run, or begin anew with --start-over",
         )
     commit = Commit(**{**values, "position": Position(**values["position"])})
-    if commit.step != step:
-        raise CheckpointDamaged(f"{uri} is of step {commit.step}")
+    if marker(checkpoints, commit.step, commit.attempt) != uri:
+        raise CheckpointDamaged(f"{uri} is of step {commit.step} and attempt {commit.attempt}")
     return commit
 
 
@@ -177,9 +226,9 @@ def newest(checkpoints: str, on_damage: Callable[[int, str], object] | None = No
     Args:
         on_damage: called with (step, what is wrong).
     """
-    for step in reversed(committed_steps(checkpoints)):
+    for step, attempt in reversed(committed(checkpoints).items()):
         try:
-            commit = read_commit(checkpoints, step)
+            commit = read_commit(checkpoints, step, attempt)
             fault = damage(checkpoints, commit)
         except FileNotFoundError:
             continue  # deleted since it was listed, by an attempt that still commits
@@ -189,7 +238,7 @@ def newest(checkpoints: str, on_damage: Callable[[int, str], object] | None = No
             return commit
         if on_damage:
             on_damage(step, fault)
-        set_aside(checkpoints, step, "damaged")
+        set_aside(checkpoints, step, "damaged", attempt)
     return None
 
 
@@ -219,55 +268,100 @@ def load(checkpoints: str, commit: Commit, fragments: list[Any]) -> None:
         raise RuntimeError(f"checkpoint of step {commit.step} could not be read: {error}") from error
 
 
-def set_aside(checkpoints: str, step: int, why: str) -> None:
-    """Take a commit back; its files stay, under COMMITTED.<why>, until training has passed the step again."""
-    marker = storage.join(step_directory(checkpoints, step), COMMITTED)
+# --- who may commit ---------------------------------------------------------------------------------------------------
+
+
+def begin(checkpoints: str, attempt: int, on_damage: Callable[[int, str], object] | None = None) -> Commit | None:
+    """From here on this attempt may commit, and none before it; returns what it goes on from, as `newest` does.
+
+    To be called once an attempt's number is claimed, before any of its workers trains. The first mark comes before the
+    look at what stands, and `publish` looks for marks after it has committed: so a commit that was told of is seen
+    here, and one that comes too late is told of by nobody and deletes nothing.
+    """
+    storage.create(storage.join(checkpoints, FOLDER, mark_begun(attempt)), _mark_content(attempt))
+    found = newest(checkpoints, on_damage)
+    step = found.step if found else 0
+    storage.create(storage.join(checkpoints, FOLDER, mark_resumed(attempt, step)), _mark_content(attempt))
+    return found
+
+
+def go_back(checkpoints: str, attempt: int, step: int) -> None:
+    """Steps after this one no longer count, of attempts up to this one."""
+    storage.create(storage.join(checkpoints, FOLDER, mark_back(attempt, step)), _mark_content(attempt))
+
+
+def _mark_content(attempt: int) -> bytes:
+    return f"attempt {attempt}\n".encode()  # nobody reads it: the name says all
+
+
+def set_aside(checkpoints: str, step: int, why: str, attempt: int | None = None) -> None:
+    """Take a commit back, the one that counts unless an attempt is given; its files stay for a while (`retain`)."""
+    uri = marker(checkpoints, step, committed(checkpoints).get(step, 0) if attempt is None else attempt)
     with contextlib.suppress(FileNotFoundError):
-        storage.write(f"{marker}.{why}", storage.read(marker))
-    storage.delete(marker)
+        storage.write(f"{uri}.{why}", storage.read(uri))
+    storage.delete(uri)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
 def publish(checkpoints: str, commit: Commit) -> Commit:
-    """Create COMMITTED, now that all files are on storage; returns the commit with its parent.
+    """Create COMMITTED, now that all files are on storage; returns the commit, which counts, with its parent.
 
     Raises:
-        StorageError: another attempt has committed this step or gone past it, or the run began anew: the attempt has
-            been replaced.
+        StorageError: another attempt has begun or gone past this step, or the run began anew: the attempt has been
+            replaced, and the commit does not count.
     """
-    after, steps = last_before_start_over(checkpoints), committed_steps(checkpoints)
+    stored = _look(checkpoints)
+    steps = list(stored.committed)
     made = replace(commit, parent=steps[-1] if steps else None)
-    if commit.attempt > after and not any(step > commit.step for step in steps):
-        if 0 < _attempt_of(checkpoints, commit.step) <= after:  # of an attempt that went on for a moment
-            set_aside(checkpoints, commit.step, "started-over")
-        if storage.create(storage.join(step_directory(checkpoints, commit.step), COMMITTED), sealed(made)):
+    late = stored.has_replaced(commit.attempt) or any(step >= commit.step for step in steps)
+    if not late and storage.create(marker(checkpoints, commit.step, commit.attempt), sealed(made)):
+        late = _look(checkpoints).has_replaced(commit.attempt)
+        if not late:
             return made
     raise StorageError(
-        f"step {commit.step} is committed by another attempt: attempt {commit.attempt} has been replaced",
+        f"attempt {commit.attempt} has been replaced: its commit of step {commit.step} does not count",
         "another driver works on this run: let it finish, or stop it first",
     )
 
 
-def retain(checkpoints: str, retention: Retention) -> None:
+def retain(checkpoints: str, retention: Retention, attempt: int) -> None:
     """Delete what is not to be kept, the commit first, so that none is ever half there; and what saves left behind that
-    were ended before their commit."""
-    steps = committed_steps(checkpoints)
-    losses = {step: read_commit(checkpoints, step).held_out_loss if retention.best else None for step in steps}
-    for step in retention.superfluous(losses):
-        storage.delete(storage.join(step_directory(checkpoints, step), COMMITTED))
-        storage.delete(step_directory(checkpoints, step))
-    for step in _abandoned(checkpoints, before=steps[-1]):
-        storage.delete(step_directory(checkpoints, step))
+    were ended before their commit. An attempt that has been replaced deletes nothing."""
+    stored = _look(checkpoints)
+    if stored.has_replaced(attempt):
+        return
+    counting = stored.committed
+    losses = {
+        step: read_commit(checkpoints, step, by).held_out_loss if retention.best else None
+        for step, by in counting.items()
+    }
+    gone = {(step, counting[step]) for step in retention.superfluous(losses)}
+    gone |= {(save.step, save.attempt) for save in _left_over(stored, retention, attempt)}
+    for step, by in sorted(gone):
+        storage.delete(marker(checkpoints, step, by))
+        storage.delete(storage.join(step_directory(checkpoints, step), attempt_folder(by)))
+        storage.delete_empty(step_directory(checkpoints, step))
 
 
-def _abandoned(checkpoints: str, before: int) -> list[int]:
-    """Steps before a committed one, which nobody can commit any more, that hold files and neither a commit nor one that
-    was set aside."""
-    files = list(_files_of_steps(checkpoints))
-    marked = {step for step, name in files if name.startswith(COMMITTED)}
-    return sorted({step for step, _ in files if step < before} - marked)
+def _left_over(stored: _Stored, retention: Retention, attempt: int) -> list[_Save]:
+    """Saves that do not count and are not to be kept.
+
+    Of those that were committed and set aside, by damage, a rollback or a start-over, as many stay as of those that
+    count, the newest, until training is as many commits past them. Those that were never committed go at once, but for
+    the one that this attempt may be making.
+    """
+    steps = list(stored.committed)
+    unfinished = [save for save in stored.saves if not save.mark and _is_over(save, attempt, steps)]
+    aside = [save for save in stored.saves if save.mark and not stored.counts(save)]
+    aside.sort(key=lambda save: (save.attempt, save.step))
+    kept = [save for save in aside[-retention.last :] if sum(step > save.step for step in steps) < retention.last]
+    return unfinished + [save for save in aside if save not in kept]
+
+
+def _is_over(save: _Save, attempt: int, committed: list[int]) -> bool:
+    return save.attempt < attempt or any(step > save.step for step in committed)
 
 
 def sealed(commit: Commit) -> bytes:

@@ -90,7 +90,7 @@ class Saver:
         """Return at once.
 
         Raises:
-            StorageError: the save failed: another attempt has committed its step, and this one has been replaced.
+            StorageError: the save does not count: this attempt has been replaced.
             SaveFailed: it failed on some rank. Every rank raises it.
             Exception: what `on_commit` raised, or deleting what is not kept, on rank 0.
         """
@@ -120,7 +120,7 @@ class Saver:
             commit = self._write(position, fragments, held_out_loss)
             if commit:
                 self._on_commit(commit, replace(timing, saved_s=time.perf_counter() - began))
-                checkpoints.retain(self._uri, self._retention)
+                checkpoints.retain(self._uri, self._retention, self._attempt)
         except BaseException as error:  # handed to the training thread
             saving.set_exception(error)
         else:

@@ -65,7 +65,7 @@ def refused(uri: str) -> bool:
 @contextlib.contextmanager
 def changed(uri: str, file: Path, data: bytes | None) -> Iterator[None]:
     """A file of the newest checkpoint that holds something else, or is not there."""
-    marker = Path(checkpoints.step_directory(uri, 2), checkpoints.COMMITTED)
+    marker = Path(checkpoints.marker(uri, 2, attempt=1))
     before = {path: path.read_bytes() for path in (marker, file)}
     file.unlink() if data is None else file.write_bytes(data)
     try:

@@ -24,7 +24,7 @@ def commit(root: str, step: int, attempt: int = 1, held_out_loss: float | None =
     made = Commit(
         attempt=attempt, position=position, held_out_loss=held_out_loss, files={name: len(data)}, metadata_xxh3=""
     )
-    storage.write(storage.join(directory, checkpoints.COMMITTED), checkpoints.sealed(made))
+    storage.write(checkpoints.marker(root, step, attempt), checkpoints.sealed(made))
     return made
 
 
@@ -74,7 +74,7 @@ def test_a_damaged_step_can_be_committed_again(tmp_path: Path) -> None:
 def test_the_last_few_are_kept(anywhere: str) -> None:
     for step in (1, 2, 3, 4):
         commit(anywhere, step)
-    checkpoints.retain(anywhere, Retention(last=2))
+    checkpoints.retain(anywhere, Retention(last=2), attempt=1)
     assert checkpoints.committed_steps(anywhere) == [3, 4]
     assert all(name.startswith(("step-00000003", "step-00000004")) for name in storage.list_files(anywhere))
 
@@ -121,22 +121,22 @@ def test_what_ended_saves_left_behind_goes_once_a_later_step_is_committed(anywhe
     commit(anywhere, 1)
     checkpoints.set_aside(anywhere, 1, "damaged")
     commit(anywhere, 7)
-    checkpoints.retain(anywhere, Retention(last=2))
+    checkpoints.retain(anywhere, Retention(last=2), attempt=1)
     held = {name.split("/")[0] for name in storage.list_files(anywhere)}
-    assert held == {"step-00000001", "step-00000004", "step-00000007", "step-00000008"}, "8 may be in the making"
+    assert held == {"step-00000004", "step-00000007", "step-00000008"}, "8 may be in the making"
 
 
 def test_a_commit_without_its_seal_is_damaged_and_one_of_an_earlier_version_is_not(tmp_path: Path) -> None:
     root = str(tmp_path)
     commit(root, 5)
-    marker = storage.join(checkpoints.step_directory(root, 5), checkpoints.COMMITTED)
+    marker = checkpoints.marker(root, 5, attempt=1)
     values = storage.read_json(marker)
     del values["seal"]
     storage.write(marker, json.dumps(values).encode())
     with pytest.raises(CheckpointDamaged):
         checkpoints.read_commit(root, 5)
     storage.write(marker, json.dumps({**values, "format": 3}).encode())
-    with pytest.raises(UserError, match="has format 3, and this version of Terrane reads 4"):
+    with pytest.raises(UserError, match="has format 3, and this version of Terrane reads 5"):
         checkpoints.read_commit(root, 5)
 
 
@@ -144,7 +144,7 @@ def test_a_commit_that_cannot_be_read_is_set_aside(tmp_path: Path) -> None:
     root = str(tmp_path)
     commit(root, 5)
     commit(root, 10)
-    marker = Path(checkpoints.step_directory(root, 10), checkpoints.COMMITTED)
+    marker = Path(checkpoints.marker(root, 10, attempt=1))
     marker.write_bytes(marker.read_bytes()[:40])
     told: list[str] = []
     found = checkpoints.newest(root, lambda step, what: told.append(what))
@@ -157,34 +157,34 @@ def test_copies_kept_beside_the_steps_are_passed_over(anywhere: str) -> None:
     commit(anywhere, 5)
     last = commit(anywhere, 10)
     for name in ("step-00000010.bak", "backup", "step-x", "backup/step-00000020"):
-        storage.write(storage.join(anywhere, name, checkpoints.COMMITTED), checkpoints.sealed(last))
+        storage.write(storage.join(anywhere, name, "attempt-001", checkpoints.COMMITTED), checkpoints.sealed(last))
         storage.write(storage.join(anywhere, name, "attempt-001", "__0_0.distcp"), b"state")
     before = storage.list_files(anywhere)
     assert checkpoints.committed_steps(anywhere) == [5, 10]
-    checkpoints.retain(anywhere, Retention(last=2))
+    checkpoints.retain(anywhere, Retention(last=2), attempt=1)
     assert storage.list_files(anywhere) == before
 
 
 def test_a_commit_of_another_step_is_set_aside(anywhere: str) -> None:
     kept = commit(anywhere, 5)
     data = checkpoints.sealed(kept)
-    storage.write(storage.join(checkpoints.step_directory(anywhere, 99), checkpoints.COMMITTED), data)
+    storage.write(checkpoints.marker(anywhere, 99, attempt=1), data)
     told: list[tuple[int, str]] = []
     assert checkpoints.newest(anywhere, lambda step, what: told.append((step, what))) == kept
-    assert told[0][0] == 99 and told[0][1].endswith("is of step 5")
+    assert told[0][0] == 99 and told[0][1].endswith("is of step 5 and attempt 1")
     assert checkpoints.committed_steps(anywhere) == [5], "step 6 can be committed"
 
 
 def test_a_commit_that_goes_while_it_is_read_is_passed_over(anywhere: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = commit(anywhere, 5)
-    monkeypatch.setattr(checkpoints, "committed_steps", lambda root: [5, 10])
+    monkeypatch.setattr(checkpoints, "committed", lambda root: {5: 1, 10: 1})
     assert checkpoints.newest(anywhere) == kept
 
 
 def test_a_driver_that_fell_behind_cannot_commit(anywhere: str) -> None:
     late = commit(anywhere, 5, attempt=2)
-    storage.delete(storage.join(checkpoints.step_directory(anywhere, 5), checkpoints.COMMITTED))
+    storage.delete(checkpoints.marker(anywhere, 5, attempt=2))
     commit(anywhere, 20)
-    with pytest.raises(StorageError, match="committed by another attempt"):
+    with pytest.raises(StorageError, match="has been replaced"):
         checkpoints.publish(anywhere, late)
     assert checkpoints.committed_steps(anywhere) == [20]

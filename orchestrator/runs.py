@@ -2,7 +2,7 @@
 
 <storage>/<run>/
   recipe.yaml  resolved.json
-  corpus/  events/  metrics/  attempts/  checkpoints/  evaluation/  serving/  model/
+  drivers/  corpus/  events/  metrics/  attempts/  checkpoints/  evaluation/  serving/  model/
   report.html  report.md
 """
 
@@ -85,6 +85,11 @@ class RunDir:
     @property
     def lost_shards(self) -> str:
         return self.path("lost_shards.json")
+
+    @property
+    def drivers(self) -> str:
+        """The claims of the processes that drive the run."""
+        return self.path("drivers")
 
     @property
     def suspect_nodes(self) -> str:

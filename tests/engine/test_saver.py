@@ -77,7 +77,8 @@ def changed(uri: str, file: Path, data: bytes | None) -> Iterator[None]:
 
 
 def files_of(uri: str) -> list[Path]:
-    found = sorted(path for path in Path(checkpoints.step_directory(uri, 2)).rglob("*") if path.is_file())
+    found = [path for path in Path(checkpoints.step_directory(uri, 2)).rglob("*") if path.is_file()]
+    found.sort(key=lambda path: (path.name != checkpoints.COMMITTED, path.name))
     assert [path.name for path in found] == ["COMMITTED", ".metadata", "__0_0.distcp", "__1_0.distcp"]
     return found
 

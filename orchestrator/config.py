@@ -18,6 +18,7 @@ from orchestrator.config_section import Section
 from orchestrator.corpus_config import CorpusConfig
 from orchestrator.errors import UserError
 from orchestrator.model_config import ModelConfig, TokenizerConfig
+from orchestrator.notify_config import NotifyConfig
 from orchestrator.recipe_file import Document, Place, parse, read
 from orchestrator.train_config import TrainConfig
 
@@ -63,6 +64,7 @@ class Recipe(Section):
     train: TrainConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     serving: ServingConfig = ServingConfig()
+    notify: NotifyConfig = NotifyConfig()
     faults: tuple[Fault, ...] = ()
 
     def digest_of(self, *sections: str) -> str:
@@ -79,6 +81,7 @@ MUTABLE = (
     "storage",
     "evaluation",
     "serving",
+    "notify",
     "faults",
     "train.workers",
     "train.layout",

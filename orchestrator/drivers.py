@@ -202,7 +202,7 @@ def _claims(run: RunDir) -> dict[int, set[str]]:
 
 def _holder(run: RunDir, number: int) -> Holder | None:
     try:
-        return Holder(**run.read_json(_file(run, number, "json")))
+        return Holder(**(run.read_json(_file(run, number, "json")) or {}))
     except (TypeError, ValueError):
         return None
 

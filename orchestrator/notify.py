@@ -19,7 +19,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -52,7 +52,7 @@ def check(config: NotifyConfig) -> None:
 
 @contextlib.contextmanager
 def notifying(config: NotifyConfig, run: RunDir) -> Iterator[Notifier]:
-    """Tell of what happens to a run in the block, and how the block ended."""
+    """Tell of what happens to a run in the block, and of an end of the block by an error."""
     notifier = Notifier(config, run)
     try:
         yield notifier
@@ -66,8 +66,6 @@ def notifying(config: NotifyConfig, run: RunDir) -> Iterator[Notifier]:
         what = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         notifier.tell("failed", what, hint=error.hint if isinstance(error, UserError) else "")
         raise
-    else:
-        notifier.tell("finished", "every stage is done")
     finally:
         notifier.close()
 
@@ -110,18 +108,28 @@ class Notifier:
                 log.warning("notify: the last messages were not sent within %.0f s", CLOSE_S)
 
     def _work(self) -> None:
+        closing = False
         while True:
             try:
                 message = self._messages.get(timeout=self._poll_s)
             except queue.Empty:
                 self._look()
                 continue
-            if message is None:
+            if message is None and closing:
                 return
-            if self._config.webhook:
-                _try("webhook", lambda message=message: _post(_address(self._config.webhook), message))
-            if self._config.command:
-                _try("command", lambda message=message: _call(self._config.command, message))
+            if message is None:  # what the last events have to tell comes before the end
+                closing = True
+                self._look()
+                self._messages.put(None)
+                continue
+            self._send(message)
+
+    def _send(self, message: dict[str, Any]) -> None:
+        webhook, command = self._config.webhook, self._config.command
+        if webhook:
+            _try("webhook", lambda: _post(_address(webhook), message))
+        if command:
+            _try("command", lambda: _call(command, message))
 
     def _look(self) -> None:
         try:
@@ -187,15 +195,19 @@ class _NotSent(Exception):
     """Says why, in words that hold no part of an address."""
 
 
-def _try(way: str, send: Any) -> None:
+def _try(way: str, send: Callable[[], None]) -> None:
     for pause_s in (*RETRIES_S, None):
         try:
-            return send()
-        except (_NotSent, UserError) as error:
-            why = error.message if isinstance(error, UserError) else str(error)
-            if pause_s is None or isinstance(error, UserError):
-                return log.warning("notify: the %s was not told: %s", way, why)
-            time.sleep(pause_s)
+            send()
+            return
+        except _NotSent as error:
+            if pause_s is None:
+                log.warning("notify: the %s was not told: %s", way, error)
+            else:
+                time.sleep(pause_s)
+        except UserError as error:
+            log.warning("notify: the %s was not told: %s", way, error.message)
+            return
 
 
 def _post(address: str, message: dict[str, Any]) -> None:
@@ -220,23 +232,30 @@ def _call(command: tuple[str, ...], message: dict[str, Any]) -> None:
         raise _NotSent(f"{command[0]} ended with {done.returncode}: {last}")
 
 
-def _address(webhook: str | None) -> str:
+def _address(webhook: str) -> str:
     """The URL that a webhook stands for.
 
     Raises:
-        UserError: its variable is not set, or holds no URL.
+        UserError: its variable is not set, or there is no URL.
     """
-    name = (webhook or "").removeprefix("$").strip("{}")
-    address = os.environ.get(name, "") if (webhook or "").startswith("$") else webhook or ""
-    try:
-        if urlsplit(address).scheme in ("http", "https") and urlsplit(address).hostname:
-            return address
-    except ValueError:
-        pass
-    if not (webhook or "").startswith("$"):
-        raise UserError("notify.webhook is no URL of a host", "write it as https://host/path")
+    if not webhook.startswith("$"):
+        if _is_url(webhook):
+            return webhook
+        raise UserError("notify.webhook is no URL of a host", "write it as https://host/path, or $NAME")
+    name = webhook[1:].strip("{}")
+    address = os.environ.get(name, "")
+    if _is_url(address):
+        return address
     state = "holds no http(s) URL" if address else "is not set"
     raise UserError(f"notify.webhook: the environment variable {name} {state}", f"export {name}=https://...")
+
+
+def _is_url(address: str) -> bool:
+    try:
+        parts = urlsplit(address)
+        return parts.scheme in ("http", "https") and bool(parts.hostname)
+    except ValueError:
+        return False
 
 
 def _host(address: str) -> str:

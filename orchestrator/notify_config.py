@@ -17,8 +17,7 @@ class NotifyConfig(Section):
 
     webhook: str | None = None
     """http(s) URL that gets a POST of JSON: `text`, as Slack and its kin read it, and `run`, `kind`, `time` and facts.
-    $NAME is read from the driver's environment when it is used and stored nowhere: give it so where the URL is a secret.
-    """
+    $NAME is read from the driver's environment when it is used, and stored nowhere: give a secret URL so."""
     command: tuple[str, ...] = ()
     """A program and its arguments that get the same JSON on standard input, on the driver's machine."""
     events: tuple[Kind, ...] = Field(default=KINDS, min_length=1)

@@ -279,9 +279,8 @@ def open_run(
         check: called before anything is written; raises for a recipe that does not go with what the run has trained.
 
     Raises:
-        UserError: the storage cannot be written, or the run was begun with other values.
+        UserError: the run was begun with other values.
     """
-    storage.check_writable(storage.absolute(recipe.storage))
     run = run_of(recipe)
     values = recipe.model_dump(mode="json")
     before = run.read_json(run.resolved)

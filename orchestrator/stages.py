@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from orchestrator import cluster, resume, rollback, storage, supervisor
+from orchestrator import cluster, drivers, notify, resume, rollback, storage, supervisor
 from orchestrator.accelerators import ACCELERATORS
 from orchestrator.capacity import make_plan
 from orchestrator.config import Recipe
@@ -20,6 +20,7 @@ from orchestrator.data.language import check_languages
 from orchestrator.data.manifest import Manifest, load_manifest
 from orchestrator.data.sources import SourceFile, list_sources
 from orchestrator.data.tokenizer import check_directory, given_tokenizer, planned_vocabulary
+from orchestrator.drivers import Driver
 from orchestrator.errors import CheckpointDamaged, Interrupted, RunFailed, UserError
 from orchestrator.hub import model_directory, pinned
 from orchestrator.model_files import check_model
@@ -56,10 +57,14 @@ def run_recipe(
     console = console or Console()
     recipe = pinned(recipe)
     files = check_inputs(recipe)
+    notify.check(recipe.notify)
+    storage.check_writable(storage.absolute(recipe.storage))
     run = run_of(recipe)
     with ExitStack() as stack:
         stack.callback(console.close)
-        session = _Session(run, recipe, files, console, stack, address, trains="train" in stages)
+        driver = stack.enter_context(drivers.claim(run))
+        notifier = stack.enter_context(notify.notifying(recipe.notify, run))
+        session = _Session(run, recipe, files, driver, console, stack, address, trains="train" in stages)
         if start_over:
             session.connect()  # a plan that fits nowhere is refused before anything is set aside
         open_run(recipe, source, start_over, _begin_anew if start_over else _go_on)
@@ -67,13 +72,20 @@ def run_recipe(
         for fault in recipe.faults:
             what = f"{fault.kind}, rank {fault.rank} at step {fault.step}"
             log.info("this recipe injects a failure on purpose: %s", what)
+        made: list[str] = []
         for name in stages:
+            driver.check()
             done, make = _STAGES[name]
             if done(session):
                 log.info("%s: done before, skipped", name)
                 continue
+            if not made:
+                run.log_event("driver_started")
+            made.append(name)
             with _timed(run, name):
                 make(session)
+        if made:
+            notifier.tell("finished", f"{', '.join(made)}: done")
     return run
 
 
@@ -114,6 +126,7 @@ class _Session:
         run: RunDir,
         recipe: Recipe,
         files: list[SourceFile],
+        driver: Driver,
         console: Console,
         stack: ExitStack,
         address: str | None,
@@ -126,6 +139,7 @@ class _Session:
         self.run = run
         self.recipe = recipe
         self.files = files
+        self.driver = driver
         self.console = console
         self.trains = trains
         self._stack = stack
@@ -183,7 +197,12 @@ def _corpus_done(session: _Session) -> bool:
 
 def _make_corpus(session: _Session) -> None:
     session.connect()
-    manifest = pipeline.build_corpus(session.recipe, session.run.corpus, session.files, session.console.progress)
+
+    def progress(what: str, done: int, of: int) -> None:
+        session.driver.check()
+        session.console.progress(what, done, of)
+
+    manifest = pipeline.build_corpus(session.recipe, session.run.corpus, session.files, progress)
     train = manifest.splits["train"]
     log.info("corpus: %d training tokens in %d shards", train["tokens"], len(train["shards"]))
 
@@ -202,9 +221,12 @@ def _train(session: _Session) -> None:
     session.manifest()
     session.connect()
     total = session.recipe.train.steps
-    supervisor.supervise(
-        session.run, session.recipe, lambda record: session.console.step(record, total), session.own_cluster
-    )
+
+    def on_step(record: dict[str, Any]) -> None:
+        session.driver.check()
+        session.console.step(record, total)
+
+    supervisor.supervise(session.run, session.recipe, session.driver, on_step, session.own_cluster)
 
 
 # --- export, evaluate -------------------------------------------------------------------------------------------------

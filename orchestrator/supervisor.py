@@ -14,6 +14,7 @@ from orchestrator.capacity import Capacity
 from orchestrator.config import Recipe
 from orchestrator.data.manifest import Manifest, load_manifest
 from orchestrator.data.schedule import Schedule
+from orchestrator.drivers import Driver
 from orchestrator.endings import Evidence, first_line, judge
 from orchestrator.errors import CheckpointDamaged, Interrupted, RunFailed, ShardLost, SilentCorruption, StepFailed
 from orchestrator.evaluation.held_out import sequences_of
@@ -41,7 +42,7 @@ from orchestrator.train.checkpoints import Commit
 log = logging.getLogger(__name__)
 
 
-def supervise(run: RunDir, recipe: Recipe, on_step: OnStep, own_cluster: bool = False) -> Commit:
+def supervise(run: RunDir, recipe: Recipe, driver: Driver, on_step: OnStep, own_cluster: bool = False) -> Commit:
     """Train to the last step, through any number of attempts.
 
     Args:
@@ -52,7 +53,7 @@ def supervise(run: RunDir, recipe: Recipe, on_step: OnStep, own_cluster: bool = 
         The commit of the last step.
 
     Raises:
-        RunFailed: the run was given up; says why.
+        RunFailed: the run was given up, or another driver has taken it over; says why.
         Interrupted: it was asked to stop, and its state is committed.
     """
     storage.delete(run.stop_request)
@@ -68,6 +69,7 @@ def supervise(run: RunDir, recipe: Recipe, on_step: OnStep, own_cluster: bool = 
             chosen = capacity.plan()
             group, ready = standby.take(chosen)
             number = run.claim_attempt(_as_json(chosen))
+            driver.check()
             resume = begin_attempt(run, number)
             if resume and resume.step >= recipe.train.steps:
                 return resume
@@ -85,6 +87,7 @@ def supervise(run: RunDir, recipe: Recipe, on_step: OnStep, own_cluster: bool = 
                 on_step,
             )
             evidence = attempt.follow()
+            driver.check()
             ending = _ending(run, recipe, number, chosen, resume, attempt.last_step, evidence)
             endings.append(ending)
             _act(run, recipe, ending, _decide(run, recipe, manifest, endings))

@@ -379,12 +379,11 @@ def _seal(values: dict[str, Any]) -> bytes:
 def _unsealed(uri: str, data: bytes) -> dict[str, Any]:
     """
     Raises:
-        CheckpointDamaged: the data is not what `_seal` gave, nor of a version that had no seal.
+        CheckpointDamaged: the data is not what `_seal` gave.
     """
     try:
         values = json.loads(data)
-        whole = values.pop("seal", None) and _seal(values) == data
-        if whole or values["format"] in range(1, 4):
+        if values.pop("seal", None) and _seal(values) == data:
             return dict(values)
     except (ValueError, RecursionError, AttributeError, TypeError, KeyError):
         pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -126,17 +127,17 @@ def test_what_ended_saves_left_behind_goes_once_a_later_step_is_committed(anywhe
     assert held == {"step-00000004", "step-00000007", "step-00000008"}, "8 may be in the making"
 
 
-def test_a_commit_without_its_seal_is_damaged_and_one_of_an_earlier_version_is_not(tmp_path: Path) -> None:
+def test_a_commit_without_its_seal_is_damaged_and_one_of_another_version_is_not(tmp_path: Path) -> None:
     root = str(tmp_path)
-    commit(root, 5)
+    made = commit(root, 5)
     marker = checkpoints.marker(root, 5, attempt=1)
     values = storage.read_json(marker)
     del values["seal"]
     storage.write(marker, json.dumps(values).encode())
     with pytest.raises(CheckpointDamaged):
         checkpoints.read_commit(root, 5)
-    storage.write(marker, json.dumps({**values, "format": 3}).encode())
-    with pytest.raises(UserError, match="has format 3, and this version of Terrane reads 5"):
+    storage.write(marker, checkpoints.sealed(replace(made, format=6)))
+    with pytest.raises(UserError, match="has format 6, and this version of Terrane reads 5"):
         checkpoints.read_commit(root, 5)
 
 

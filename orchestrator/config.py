@@ -92,6 +92,7 @@ MUTABLE = (
     "train.keep_checkpoints",
     "train.keep_every",
     "train.keep_best",
+    "train.storage_quota_gib",
     "train.evaluate_every",
     "train.spikes",
     "train.check_every",

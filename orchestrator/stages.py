@@ -26,6 +26,7 @@ from orchestrator.hub import model_directory, pinned
 from orchestrator.model_files import check_model
 from orchestrator.planning.layout import layout_of
 from orchestrator.planning.shape import model_shape
+from orchestrator.quota import StorageWatch
 from orchestrator.runs import RunDir, open_run, run_of
 from orchestrator.train import checkpoints
 
@@ -222,8 +223,11 @@ def _train(session: _Session) -> None:
     session.connect()
     total = session.recipe.train.steps
 
+    watch = StorageWatch(session.run, session.recipe.train.storage_quota_gib)
+
     def on_step(record: dict[str, Any]) -> None:
         session.driver.check()
+        watch.poll(time.monotonic())
         session.console.step(record, total)
 
     supervisor.supervise(session.run, session.recipe, session.driver, on_step, session.own_cluster)

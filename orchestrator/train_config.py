@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from orchestrator.config_section import Beta, Count, Section
+from orchestrator.config_section import Beta, Count, Positive, Section
 
 
 class Workers(Section):
@@ -119,7 +119,11 @@ class TrainConfig(Section):
     """Steps. auto saves by time, as often as loses least: by what a save turns out to cost and how often the run has
     failed, every half hour at least and for a twentieth of the time at most."""
     keep_checkpoints: int = Field(default=2, ge=1)
-    """The newest ones."""
+    """The newest ones; and of those that damage, a rollback or a start-over set aside as many, until training is as
+    many commits past them. Before a save that would not fit, only the newest one stays."""
+    storage_quota_gib: Positive | None = None
+    """Of the whole run. A message comes (`notify`) when it, or the file system, has room for fewer than three more
+    checkpoints."""
     keep_every: int | None = Field(default=None, ge=1)
     """Steps. Checkpoints of its multiples are kept for good."""
     keep_best: bool = False

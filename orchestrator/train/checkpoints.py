@@ -83,6 +83,8 @@ class Retention:
     """Those whose step this divides are kept for good."""
     best: bool = False
     """The one of the least held-out loss is kept, the newest of several."""
+    aside: int | None = None
+    """How many of those that no longer count are kept at most; None: as many as `last`."""
 
     def superfluous(self, losses: Mapping[int, float | None]) -> list[int]:
         """The steps to delete.
@@ -242,6 +244,13 @@ def newest(checkpoints: str, on_damage: Callable[[int, str], object] | None = No
     return None
 
 
+def checkpoint_bytes(checkpoints: str) -> int:
+    """Of the newest checkpoint, 0 without one."""
+    for step, attempt in reversed(committed(checkpoints).items()):
+        return read_commit(checkpoints, step, attempt).bytes
+    return 0
+
+
 def load(checkpoints: str, commit: Commit, fragments: list[Any]) -> None:
     """Fill the fragments of this rank, whatever layout wrote the checkpoint. Every rank calls it.
 
@@ -355,8 +364,9 @@ def _left_over(stored: _Stored, retention: Retention, attempt: int) -> list[_Sav
     steps = list(stored.committed)
     unfinished = [save for save in stored.saves if not save.mark and _is_over(save, attempt, steps)]
     aside = [save for save in stored.saves if save.mark and not stored.counts(save)]
-    aside.sort(key=lambda save: (save.attempt, save.step))
-    kept = [save for save in aside[-retention.last :] if sum(step > save.step for step in steps) < retention.last]
+    aside.sort(key=lambda save: (save.attempt, save.step), reverse=True)
+    most = retention.last if retention.aside is None else retention.aside
+    kept = [save for save in aside[:most] if sum(step > save.step for step in steps) < retention.last]
     return unfinished + [save for save in aside if save not in kept]
 
 

@@ -10,6 +10,8 @@ no Ray.
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +30,8 @@ from orchestrator.train.checkpoints import Commit, Position, Retention
 from orchestrator.train.fragment_files import FragmentWriter, SaveFailed
 from orchestrator.train.fragments import Fragment
 from orchestrator.train.planners import FragmentSavePlanner
+
+log = logging.getLogger(__name__)
 
 PEERS_TIMEOUT = timedelta(minutes=30)
 """How much longer than the first rank the last may take to write."""
@@ -54,13 +58,22 @@ class Saver:
     Args:
         checkpoints_uri: the run's checkpoints.
         on_commit: called on rank 0 after each commit, in the saver's thread.
+        free_bytes: of the storage. Where a checkpoint would not fit, those that stand go before it, but for the newest.
     """
 
-    def __init__(self, checkpoints_uri: str, attempt: int, retention: Retention, on_commit: OnCommit) -> None:
+    def __init__(
+        self,
+        checkpoints_uri: str,
+        attempt: int,
+        retention: Retention,
+        on_commit: OnCommit,
+        free_bytes: Callable[[], float] = lambda: math.inf,
+    ) -> None:
         self._uri = checkpoints_uri
         self._attempt = attempt
         self._retention = retention
         self._on_commit = on_commit
+        self._free_bytes = free_bytes
         self._group = dist.new_group(backend="gloo", timeout=PEERS_TIMEOUT) if dist.is_initialized() else None
         self._host = HostMemory()
         self._saving: futures.Future[None] | None = None
@@ -142,6 +155,8 @@ class Saver:
             made.append(checkpoints.publish(self._uri, commit))
 
         uri = storage.join(checkpoints.step_directory(self._uri, position.step), folder)
+        if self._group is None or dist.get_rank() == 0:
+            self._make_room()
         with _one_error():
             dcp.save(
                 {},
@@ -151,6 +166,16 @@ class Saver:
                 no_dist=self._group is None,
             )
         return made[0] if made else None
+
+    def _make_room(self) -> None:
+        """Nobody writes before the plan that this rank has a part in. An error would leave the others waiting."""
+        try:
+            free, need = self._free_bytes(), checkpoints.checkpoint_bytes(self._uri)
+            if free < need:
+                log.warning("storage: %.2f GB left for a checkpoint of %.2f GB: older ones go", free / 1e9, need / 1e9)
+                checkpoints.retain(self._uri, replace(self._retention, last=1, aside=0), self._attempt)
+        except Exception as error:
+            log.warning("storage: no room was made: %s", str(error) or type(error).__name__)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from enum import IntEnum
 from typing import Any
 
-from orchestrator import accelerators, storage
+from orchestrator import accelerators, quota, storage
 from orchestrator.config import Recipe
 from orchestrator.data.manifest import Manifest, load_manifest
 from orchestrator.data.schedule import Role, Schedule, Share
@@ -288,7 +288,9 @@ def _saver(run: RunDir, recipe: Recipe, attempt: int, recorder: Recorder) -> Any
 
     train = recipe.train
     retention = Retention(last=train.keep_checkpoints, every=train.keep_every, best=train.keep_best)
-    return Saver(run.checkpoints, attempt, retention, committed)
+    return Saver(
+        run.checkpoints, attempt, retention, committed, lambda: quota.free_bytes(run.uri, train.storage_quota_gib)
+    )
 
 
 def _inject_faults(recipe: Recipe, run: RunDir, rank: int, step: int, saver: Any) -> None:

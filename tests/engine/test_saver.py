@@ -238,6 +238,29 @@ def test_a_full_disk_is_told_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         saver.wait()
 
 
+def test_before_a_save_that_would_not_fit_older_checkpoints_go(tmp_path: Path) -> None:
+    room = [10**9, 10**9, 0]
+    stood: list[list[int]] = []
+    saver = Saver(
+        str(tmp_path),
+        1,
+        Retention(last=9),
+        lambda commit, timing: stood.append(checkpoints.committed_steps(str(tmp_path))),
+        lambda: room.pop(0),
+    )
+    for step in (1, 2, 3):
+        saver.save(position(step), fragments(step))
+    saver.wait()
+    assert stood == [[1], [1, 2], [2, 3]]
+
+
+def test_a_storage_that_cannot_be_asked_for_room_stops_no_save(tmp_path: Path) -> None:
+    saver = Saver(str(tmp_path), 1, Retention(last=1), lambda commit, timing: None, lambda: 1 / 0)
+    saver.save(position(1), fragments(1))
+    saver.wait()
+    assert newest(str(tmp_path)).step == 1
+
+
 def test_a_follow_up_that_fails_is_told(tmp_path: Path) -> None:
     def broken(commit: Commit, timing: Timing) -> None:
         raise ValueError("no room for the log")

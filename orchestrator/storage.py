@@ -153,7 +153,10 @@ def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
 
     seen: set[tuple[int, int]] = set()
     for folder, inner, names in os.walk(root, followlinks=True, onerror=tell):
-        stat = Path(folder).stat()
+        try:
+            stat = Path(folder).stat()
+        except FileNotFoundError:
+            continue  # deleted since it was listed
         if (stat.st_dev, stat.st_ino) in seen:
             inner.clear()
             continue

@@ -278,7 +278,7 @@ def test_a_checkpoint_of_any_layout_goes_on_in_any_other(runs: Runs, later: Runs
 def test_a_replaced_attempt_cannot_commit(runs: Runs) -> None:
     from orchestrator.train.checkpoints import read_commit
 
-    assert "committed by another attempt" in runs.of(REPLACED)["refused"]
+    assert "has been replaced: its commit of step" in runs.of(REPLACED)["refused"]
     assert read_commit(str(runs.directory / "zero-2"), SAVED).attempt == 1
 
 

@@ -89,6 +89,7 @@ MUTABLE = (
     "train.keep_checkpoints",
     "train.keep_every",
     "train.keep_best",
+    "train.memory_copies",
     "train.evaluate_every",
     "train.spikes",
     "train.check_every",

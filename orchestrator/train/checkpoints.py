@@ -11,16 +11,23 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from orchestrator import storage
 from orchestrator.errors import CheckpointDamaged, RunFailed, StorageError, UserError
 from orchestrator.runs import last_before_start_over
+
+if TYPE_CHECKING:
+    from orchestrator.train.memory_copies import Copies
+
+log = logging.getLogger(__name__)
 
 COMMITTED = "COMMITTED"
 FORMAT = 4
@@ -101,8 +108,12 @@ def attempt_folder(attempt: int) -> str:
     return f"attempt-{attempt:03d}"
 
 
+def step_folder(step: int) -> str:
+    return f"step-{step:08d}"
+
+
 def step_directory(checkpoints: str, step: int) -> str:
-    return storage.join(checkpoints, f"step-{step:08d}")
+    return storage.join(checkpoints, step_folder(step))
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -156,12 +167,18 @@ def read_commit(checkpoints: str, step: int) -> Commit:
     return commit
 
 
-def damage(checkpoints: str, commit: Commit) -> str | None:
-    """The first file of a checkpoint that is missing or cut short, in words; None if all are there."""
-    directory = step_directory(checkpoints, commit.step)
+def damage(checkpoints: str, commit: Commit, in_memory: Mapping[str, int] | None = None) -> str | None:
+    """The first file of a checkpoint that is missing or cut short, in words; None if all are there.
+
+    Args:
+        in_memory: as `newest` has it.
+    """
+    directory, copies = step_directory(checkpoints, commit.step), in_memory or {}
     there = {entry.name: entry.bytes for entry in storage.list_entries(directory)}
     for name, size in commit.files.items():
         uri = storage.join(directory, name)
+        if copies.get(storage.join(step_folder(commit.step), name)) == size:
+            continue
         if name not in there:
             return f"{uri} is missing"
         if there[name] != size:
@@ -169,18 +186,24 @@ def damage(checkpoints: str, commit: Commit) -> str | None:
     return None
 
 
-def newest(checkpoints: str, on_damage: Callable[[int, str], object] | None = None) -> Commit | None:
+def newest(
+    checkpoints: str,
+    on_damage: Callable[[int, str], object] | None = None,
+    in_memory: Mapping[str, int] | None = None,
+) -> Commit | None:
     """The newest checkpoint whose files are all there; what they hold is checked by who loads it.
 
     A damaged one is set aside under the name COMMITTED.damaged, so that its step can be committed again.
 
     Args:
         on_damage: called with (step, what is wrong).
+        in_memory: bytes of files that survive in the memory of nodes, by name below the checkpoints; storage may lack
+            them.
     """
     for step in reversed(committed_steps(checkpoints)):
         try:
             commit = read_commit(checkpoints, step)
-            fault = damage(checkpoints, commit)
+            fault = damage(checkpoints, commit, in_memory)
         except FileNotFoundError:
             continue  # deleted since it was listed, by an attempt that still commits
         except StorageError as error:
@@ -193,8 +216,11 @@ def newest(checkpoints: str, on_damage: Callable[[int, str], object] | None = No
     return None
 
 
-def load(checkpoints: str, commit: Commit, fragments: list[Any]) -> None:
+def load(checkpoints: str, commit: Commit, fragments: list[Any], copies: Copies | None = None) -> None:
     """Fill the fragments of this rank, whatever layout wrote the checkpoint. Every rank calls it.
+
+    Args:
+        copies: where files are read rather than on storage, as long as they are what was written.
 
     Raises:
         CheckpointDamaged: on every rank, when any has read what was not written; the fragments are not to be used.
@@ -203,10 +229,13 @@ def load(checkpoints: str, commit: Commit, fragments: list[Any]) -> None:
     """
     from torch.distributed import checkpoint as dcp
 
-    from orchestrator.train.fragment_files import FragmentReader
+    from orchestrator.train.fragment_files import FragmentReader, no_copies
+    from orchestrator.train.fragment_memory import Save
     from orchestrator.train.planners import FragmentLoadPlanner
 
-    reader = FragmentReader(storage.join(step_directory(checkpoints, commit.step), commit.folder), commit.metadata_xxh3)
+    uri = storage.join(step_directory(checkpoints, commit.step), commit.folder)
+    in_memory = partial(copies.places, Save(commit.attempt, commit.step)) if copies else no_copies
+    reader = FragmentReader(uri, commit.metadata_xxh3, in_memory)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # an export is one process
     try:
         dcp.load({}, storage_reader=reader, planner=FragmentLoadPlanner(fragments))
@@ -217,6 +246,7 @@ def load(checkpoints: str, commit: Commit, fragments: list[Any]) -> None:
             if isinstance(cause, RunFailed):
                 raise RunFailed(f"checkpoint of step {commit.step} does not fit the model: {cause.message}") from None
         raise RuntimeError(f"checkpoint of step {commit.step} could not be read: {error}") from error
+    log.info("checkpoint of step %d read: %s", commit.step, reader.origin)
 
 
 def set_aside(checkpoints: str, step: int, why: str) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import storage
 from orchestrator.train import checkpoints, memory_copies
 from orchestrator.train.checkpoints import Commit, Position
 from orchestrator.train.fragment_memory import CopyServer, FragmentMemory, Held, Refused, Save, new_token
@@ -264,10 +263,7 @@ def committed(root: str, step: int, attempt: int = 1) -> Commit:
     """Whose files are not on storage."""
     files = {f"{checkpoints.attempt_folder(attempt)}/{name}": size for name, size in ((".metadata", 7), ("file", 9))}
     position = Position(step=step, updates=step, past={})
-    made = Commit(attempt=attempt, position=position, files=files, metadata_xxh3="")
-    marker = storage.join(checkpoints.step_directory(root, step), checkpoints.COMMITTED)
-    storage.write(marker, checkpoints.sealed(made))
-    return made
+    return checkpoints.publish(root, Commit(attempt=attempt, position=position, files=files, metadata_xxh3=""))
 
 
 def test_a_checkpoint_that_survives_in_memory_alone_is_whole(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """What a restart gains by copies of the checkpoint in the memory of a node, and what they cost a save.
 
 29 million parameters with their moments (350 MB), by one rank, copied to two nodes' memories in processes of their own:
-seconds to load from memory, from storage that is in the page cache and from storage that is not; CPU-seconds and
-seconds of a save with copies and without. BENCH_ROUNDS sets how often. Writes results/restore.json.
+a load from memory, from storage that is in the page cache and from storage that is not; a save with copies and without.
+Seconds of wall time, and of CPU of the rank and of the nodes' processes. BENCH_ROUNDS sets how often. Writes
+results/restore.json.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -41,30 +42,54 @@ def hold(pipe: Connection, token: str) -> None:
     server.close()
 
 
-@contextlib.contextmanager
-def nodes(count: int) -> Iterator[dict[str, psutil.Process]]:
-    """Their processes by address."""
-    context = multiprocessing.get_context("spawn")
-    pipes, found, started = [], {}, []
-    for _ in range(count):
+class Nodes:
+    def __init__(self, count: int) -> None:
+        self._pipes: list[Connection] = []
+        self._processes: list[psutil.Process] = []
+        self.addresses: list[str] = []
+        for _ in range(count):
+            self._start()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
         mine, theirs = context.Pipe()
         process = context.Process(target=hold, args=(theirs, TOKEN))
         process.start()
         theirs.close()
-        found[mine.recv()] = psutil.Process(process.pid)
-        pipes.append(mine)
-        started.append(process)
-    try:
-        yield found
-    finally:
-        for pipe in pipes:
+        self.addresses.append(mine.recv())
+        self._pipes.append(mine)
+        self._processes.append(psutil.Process(process.pid))
+
+    def cpu_s(self) -> float:
+        return sum(map(cpu_s, self._processes))
+
+    def copies(self, commit: Commit | None = None) -> Copies:
+        """Of a rank on the first node."""
+        listings = {address: Holder(address, TOKEN).listing() for address in self.addresses}
+        found = memory_copies.found(listings, commit) if commit else {}
+        ring = {str(number): address for number, address in enumerate(self.addresses)}
+        return Copies.of(Places(token=TOKEN, ring=ring, found=found).as_json(), "0")
+
+    def close(self) -> None:
+        for pipe in self._pipes:
             pipe.close()
-        for process in started:
-            process.join(60)
+        psutil.wait_procs(self._processes, timeout=60)
 
 
-def fragments(step: int) -> list[Fragment]:
-    generator = torch.Generator().manual_seed(step)
+def cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return times.user + times.system
+
+
+def timed(nodes: Nodes, work: Callable[[], object]) -> dict[str, float]:
+    rank, own, theirs, before = psutil.Process(), cpu_s(psutil.Process()), nodes.cpu_s(), time.perf_counter()
+    work()
+    took = time.perf_counter() - before
+    return {"seconds": took, "CPU rank": cpu_s(rank) - own, "CPU nodes": nodes.cpu_s() - theirs}
+
+
+def state(seed: int) -> list[Fragment]:
+    generator = torch.Generator().manual_seed(seed)
     return [
         Fragment(
             f"layers.{layer}.weight",
@@ -76,72 +101,61 @@ def fragments(step: int) -> list[Fragment]:
     ]
 
 
-def cpu_s(*processes: psutil.Process) -> float:
-    return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
+class Saves:
+    """Of one state, in two ways that take turns."""
 
+    def __init__(self, folder: Path, nodes: Nodes) -> None:
+        self._state = state(1)
+        self.commits: list[Commit] = []
+        self._savers = {
+            way: Saver(
+                str(folder / way), 1, Retention(last=1), lambda commit, timing: self.commits.append(commit), copies
+            )
+            for way, copies in {"without copies": None, "with copies": nodes.copies()}.items()
+        }
 
-def saved(uri: str, step: int, copies: Copies | None, holders: list[psutil.Process]) -> tuple[dict[str, float], Commit]:
-    state, made, timings = fragments(step), [], []
-    saver = Saver(
-        uri, 1, Retention(last=1), lambda commit, timing: (made.append(commit), timings.append(timing)), copies
-    )
-    saver.save(Position(step=step, updates=step, past={}), state)  # also makes the room
-    saver.wait()
-    own, theirs = cpu_s(psutil.Process()), cpu_s(*holders)
-    saver.save(Position(step=step + 1, updates=step, past={}), state)
-    saver.wait()
-    used = {"rank_cpu_s": cpu_s(psutil.Process()) - own, "nodes_cpu_s": cpu_s(*holders) - theirs}
-    return used | {"saved_s": timings[1].saved_s}, made[1]
+    def save(self, way: str, step: int) -> None:
+        self._savers[way].save(Position(step=step, updates=step, past={}), self._state)
+        self._savers[way].wait()
 
-
-def load_s(uri: str, commit: Commit, into: list[Fragment], copies: Copies | None = None) -> float:
-    before = time.perf_counter()
-    checkpoints.load(uri, commit, into, copies)
-    return time.perf_counter() - before
+    def is_in(self, fragments: list[Fragment]) -> bool:
+        pairs = zip(fragments, self._state, strict=True)
+        return all(torch.equal(one.tensors[kind], other.tensors[kind]) for one, other in pairs for kind in one.tensors)
 
 
 def forget(uri: str) -> None:
     """Storage's files leave the page cache."""
     for file in Path(uri).rglob("*.distcp"):
         with file.open("rb") as stream:
-            os.fsync(stream.fileno())
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def test_restore(tmp_path: Path) -> None:
-    found: dict[str, list[dict[str, float]]] = {"without": [], "with": []}
-    loads: dict[str, list[float]] = {"memory": [], "page cache": [], "disk": []}
-    with nodes(2) as holders:
-        ring = {str(number): address for number, address in enumerate(holders)}
-        keeping = Copies.of(Places(token=TOKEN, ring=ring).as_json(), "0")
-        for round_ in range(ROUNDS):
-            for number, (way, copies) in enumerate({"without": None, "with": keeping}.items()):
-                uri = str(tmp_path / f"{way}-{round_}")
-                used, commit = saved(uri, 1000 * round_ + 10 * number + 1, copies, list(holders.values()))
-                found[way].append(used)
-            listings = {address: Holder(address, TOKEN).listing() for address in holders}
-            places = Places(token=TOKEN, ring=ring, found=memory_copies.found(listings, commit))
-            into = fragments(0)
-            loads["page cache"].append(load_s(uri, commit, into))
-            forget(uri)
-            loads["disk"].append(load_s(uri, commit, into))
-            for file in Path(uri).rglob("*.distcp"):
-                file.unlink()
-            loads["memory"].append(load_s(uri, commit, into, Copies.of(places.as_json(), "0")))
-            assert all(
-                torch.equal(one.tensors[kind], other.tensors[kind])
-                for one, other in zip(into, fragments(commit.step - 1), strict=True)
-                for kind in one.tensors
-            ), "what is loaded is what was saved"
+    nodes, uri = Nodes(2), str(tmp_path / "with copies")
+    rows: dict[str, list[dict[str, float]]] = {}
+    try:
+        saves, into = Saves(tmp_path, nodes), state(2)
+        for step in range(1, ROUNDS + 2):  # the first makes room
+            for way in ("without copies", "with copies"):
+                used = timed(nodes, lambda way=way, step=step: saves.save(way, step))  # type: ignore[misc]
+                rows.setdefault(f"save {way}", []).append(used)
+        commit = saves.commits[-1]
+        for origin, copies in {"memory": nodes.copies(commit), "page cache": None, "disk": None}.items():
+            for _ in range(ROUNDS):
+                if origin == "disk":
+                    forget(uri)
+                into[0].tensors[PARAM].zero_()
+                used = timed(nodes, lambda copies=copies: checkpoints.load(uri, commit, into, copies))  # type: ignore[misc]
+                rows.setdefault(f"load from {origin}", []).append(used)
+                assert saves.is_in(into), "what is loaded is what was saved"
+    finally:
+        nodes.close()
     print(f"\n{commit.bytes / 1e6:.0f} MB, {ROUNDS} rounds; median (least to most)")
-    for origin, seconds in loads.items():
-        print(f"load from {origin:28} {_row(seconds)} s")
-    for way, rows in found.items():
-        for key in rows[0]:
-            print(f"save {way:8} copies, {key:16} {_row([row[key] for row in rows])} s")
-    save("restore", {"bytes": commit.bytes, "load_s": loads, "saves": found})
-    assert statistics.median(loads["memory"]) < 2 * statistics.median(loads["page cache"]) + 0.2
+    for name, values in rows.items():
+        of_rounds = values[-ROUNDS:]
+        print(f"{name:24}", *(f"{key} {_row([value[key] for value in of_rounds])}  " for key in of_rounds[0]))
+    save("restore", {"bytes": commit.bytes, "rows": rows})
 
 
 def _row(values: list[float]) -> str:
-    return f"{statistics.median(values):7.3f} ({min(values):.3f} to {max(values):.3f})"
+    return f"{statistics.median(values):6.3f} ({min(values):.3f} to {max(values):.3f})"

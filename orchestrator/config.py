@@ -93,6 +93,7 @@ MUTABLE = (
     "train.keep_every",
     "train.keep_best",
     "train.storage_quota_gib",
+    "train.memory_copies",
     "train.evaluate_every",
     "train.spikes",
     "train.check_every",

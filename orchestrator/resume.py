@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -42,9 +43,13 @@ _RATES = {
 """What of the recipe's `train` decides learning rates."""
 
 
-def resume_point(run: RunDir) -> Commit | None:
-    """The newest checkpoint that is there; those with files missing or cut short are set aside, and said to be."""
-    return checkpoints.newest(run.checkpoints, lambda step, what: _tell_damage(run, step, what))
+def resume_point(run: RunDir, in_memory: Mapping[str, int] | None = None) -> Commit | None:
+    """The newest checkpoint that is there; those with files missing or cut short are set aside, and said to be.
+
+    Args:
+        in_memory: files that survive in the memory of nodes (memory_copies.sizes).
+    """
+    return checkpoints.newest(run.checkpoints, lambda step, what: _tell_damage(run, step, what), in_memory)
 
 
 def begin_attempt(run: RunDir, attempt: int) -> Commit | None:

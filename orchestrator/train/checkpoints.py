@@ -14,16 +14,23 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from orchestrator import storage
 from orchestrator.errors import CheckpointDamaged, RunFailed, StorageError, UserError
 from orchestrator.runs import STARTED_OVER, last_before_start_over
 from orchestrator.train.succession import FOLDER, Succession, mark_back, mark_begun, mark_resumed, succession
+
+if TYPE_CHECKING:
+    from orchestrator.train.memory_copies import Copies
+
+log = logging.getLogger(__name__)
 
 COMMITTED = "COMMITTED"
 FORMAT = 5
@@ -106,8 +113,12 @@ def attempt_folder(attempt: int) -> str:
     return f"attempt-{attempt:03d}"
 
 
+def step_folder(step: int) -> str:
+    return f"step-{step:08d}"
+
+
 def step_directory(checkpoints: str, step: int) -> str:
-    return storage.join(checkpoints, f"step-{step:08d}")
+    return storage.join(checkpoints, step_folder(step))
 
 
 def marker(checkpoints: str, step: int, attempt: int) -> str:
@@ -207,12 +218,18 @@ def read_commit(checkpoints: str, step: int, attempt: int | None = None) -> Comm
     return commit
 
 
-def damage(checkpoints: str, commit: Commit) -> str | None:
-    """The first file of a checkpoint that is missing or cut short, in words; None if all are there."""
-    directory = step_directory(checkpoints, commit.step)
+def damage(checkpoints: str, commit: Commit, in_memory: Mapping[str, int] | None = None) -> str | None:
+    """The first file of a checkpoint that is missing or cut short, in words; None if all are there.
+
+    Args:
+        in_memory: as `newest` has it.
+    """
+    directory, copies = step_directory(checkpoints, commit.step), in_memory or {}
     there = {entry.name: entry.bytes for entry in storage.list_entries(directory)}
     for name, size in commit.files.items():
         uri = storage.join(directory, name)
+        if copies.get(storage.join(step_folder(commit.step), name)) == size:
+            continue
         if name not in there:
             return f"{uri} is missing"
         if there[name] != size:
@@ -220,18 +237,24 @@ def damage(checkpoints: str, commit: Commit) -> str | None:
     return None
 
 
-def newest(checkpoints: str, on_damage: Callable[[int, str], object] | None = None) -> Commit | None:
+def newest(
+    checkpoints: str,
+    on_damage: Callable[[int, str], object] | None = None,
+    in_memory: Mapping[str, int] | None = None,
+) -> Commit | None:
     """The newest checkpoint whose files are all there; what they hold is checked by who loads it.
 
     A damaged one is set aside under the name COMMITTED.damaged, so that its step can be committed again.
 
     Args:
         on_damage: called with (step, what is wrong).
+        in_memory: bytes of files that survive in the memory of nodes, by name below the checkpoints; storage may lack
+            them.
     """
     for step, attempt in reversed(committed(checkpoints).items()):
         try:
             commit = read_commit(checkpoints, step, attempt)
-            fault = damage(checkpoints, commit)
+            fault = damage(checkpoints, commit, in_memory)
         except FileNotFoundError:
             continue  # deleted since it was listed, by an attempt that still commits
         except StorageError as error:
@@ -251,8 +274,11 @@ def checkpoint_bytes(checkpoints: str) -> int:
     return 0
 
 
-def load(checkpoints: str, commit: Commit, fragments: list[Any]) -> None:
+def load(checkpoints: str, commit: Commit, fragments: list[Any], copies: Copies | None = None) -> None:
     """Fill the fragments of this rank, whatever layout wrote the checkpoint. Every rank calls it.
+
+    Args:
+        copies: where files are read rather than on storage, as long as they are what was written.
 
     Raises:
         CheckpointDamaged: on every rank, when any has read what was not written; the fragments are not to be used.
@@ -261,10 +287,13 @@ def load(checkpoints: str, commit: Commit, fragments: list[Any]) -> None:
     """
     from torch.distributed import checkpoint as dcp
 
-    from orchestrator.train.fragment_files import FragmentReader
+    from orchestrator.train.fragment_files import FragmentReader, no_copies
+    from orchestrator.train.fragment_memory import Save
     from orchestrator.train.planners import FragmentLoadPlanner
 
-    reader = FragmentReader(storage.join(step_directory(checkpoints, commit.step), commit.folder), commit.metadata_xxh3)
+    uri = storage.join(step_directory(checkpoints, commit.step), commit.folder)
+    in_memory = partial(copies.places, Save(commit.attempt, commit.step)) if copies else no_copies
+    reader = FragmentReader(uri, commit.metadata_xxh3, in_memory)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # an export is one process
     try:
         dcp.load({}, storage_reader=reader, planner=FragmentLoadPlanner(fragments))
@@ -275,12 +304,18 @@ def load(checkpoints: str, commit: Commit, fragments: list[Any]) -> None:
             if isinstance(cause, RunFailed):
                 raise RunFailed(f"checkpoint of step {commit.step} does not fit the model: {cause.message}") from None
         raise RuntimeError(f"checkpoint of step {commit.step} could not be read: {error}") from error
+    log.info("checkpoint of step %d read: %s", commit.step, reader.origin)
 
 
 # --- who may commit ---------------------------------------------------------------------------------------------------
 
 
-def begin(checkpoints: str, attempt: int, on_damage: Callable[[int, str], object] | None = None) -> Commit | None:
+def begin(
+    checkpoints: str,
+    attempt: int,
+    on_damage: Callable[[int, str], object] | None = None,
+    in_memory: Mapping[str, int] | None = None,
+) -> Commit | None:
     """From here on this attempt may commit, and none before it; returns what it goes on from, as `newest` does.
 
     To be called once an attempt's number is claimed, before any of its workers trains. The first mark comes before the
@@ -288,7 +323,7 @@ def begin(checkpoints: str, attempt: int, on_damage: Callable[[int, str], object
     here, and one that comes too late is told of by nobody and deletes nothing.
     """
     storage.create(storage.join(checkpoints, FOLDER, mark_begun(attempt)), _mark_content(attempt))
-    found = newest(checkpoints, on_damage)
+    found = newest(checkpoints, on_damage, in_memory)
     step = found.step if found else 0
     storage.create(storage.join(checkpoints, FOLDER, mark_resumed(attempt, step)), _mark_content(attempt))
     return found

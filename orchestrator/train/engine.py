@@ -21,6 +21,7 @@ from orchestrator.data.schedule import Share
 from orchestrator.planning.search import Plan
 from orchestrator.train import checkpoints, pipeline, zero
 from orchestrator.train.fragments import PARAM, Fragment
+from orchestrator.train.memory_copies import Copies
 from orchestrator.train.profiling import labelled
 from orchestrator.train.saver import Saver, Timing
 from orchestrator.train.stage import NOT_A_TARGET, Part, Stage, document_numbers
@@ -126,10 +127,10 @@ class Engine:
                 fragment.tensors[PARAM].copy_(weights.read(fragment.name, fragment.box))
             self._state.refresh()
 
-    def load(self, directory: str, commit: checkpoints.Commit) -> None:
-        """Take over the state of a checkpoint that any layout wrote."""
+    def load(self, directory: str, commit: checkpoints.Commit, copies: Copies | None = None) -> None:
+        """Take over the state of a checkpoint that any layout wrote; see checkpoints.load."""
         with torch.no_grad():
-            checkpoints.load(directory, commit, self._state.fragments())
+            checkpoints.load(directory, commit, self._state.fragments(), copies)
             self._state.set_step(commit.position.updates)
             self._state.refresh()
         if self.loss_scale and commit.position.loss_scale:

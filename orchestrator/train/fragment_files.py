@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import math
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from itertools import groupby
-from typing import IO, Any, cast
+from typing import IO, Any, TypeVar, cast
 
 import torch
 from torch.distributed._shard._utils import narrow_tensor_by_index
@@ -37,12 +41,28 @@ from torch.utils.serialization import config as serialization
 from orchestrator import storage
 from orchestrator.errors import CheckpointDamaged, UserError
 
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
 METADATA, XXH3, RAW = ".metadata", "xxh3", "raw"
 LARGE = 2**14
 """Bytes. All else that torch.save writes of a tensor is far smaller."""
 
 Finish = Callable[[dict[str, int], str], None]
 """Called on rank 0 with the bytes of every file by name, and the hash of `.metadata`."""
+Keep = Callable[[str, IO[bytes]], AbstractContextManager[None]]
+"""Called with the name of a file and all of it; copies it somewhere else while its block runs."""
+Elsewhere = Callable[[str], Iterable[tuple[str, AbstractContextManager[IO[bytes]]]]]
+"""The other places of a file, by its name: each in words and opened."""
+
+
+def keep_nothing(name: str, file: IO[bytes]) -> AbstractContextManager[None]:
+    file.close()
+    return contextlib.nullcontext()
+
+
+def no_copies(name: str) -> Iterable[tuple[str, AbstractContextManager[IO[bytes]]]]:
+    return ()
 
 
 class SaveFailed(Exception):
@@ -52,19 +72,23 @@ class SaveFailed(Exception):
 class FragmentWriter(StorageWriter):
     """
     Args:
-        finish: called when every file is on storage.
+        finish: called when every file is on storage, and where it is kept besides.
     """
 
-    def __init__(self, uri: str, finish: Finish) -> None:
+    def __init__(self, uri: str, finish: Finish, keep: Keep = keep_nothing) -> None:
         super().__init__()
         self._uri = uri
         self._finish = finish
+        self._keep = keep
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         name = f"{plan.storage_data}{DEFAULT_SUFFIX}"
-        with _plain_error(), storage.writing(storage.join(self._uri, name)) as path, path.open("wb") as file:
+        uri = storage.join(self._uri, name)
+        with _plain_error(), ExitStack() as keeping, storage.writing(uri) as path, path.open("wb") as file:
             results = [_write_item(file, name, item, planner) for item in plan.items]
-            _sync(file)
+            file.flush()
+            keeping.enter_context(self._keep(name, path.open("rb")))  # beside the flush to disk and the upload
+            os.fsync(file.fileno())
         return _done(results)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -76,7 +100,8 @@ class FragmentWriter(StorageWriter):
         for where in metadata.storage_data.values():
             files[where.relative_path] = max(files.get(where.relative_path, 0), where.offset + where.length)
         with _plain_error():
-            storage.write(storage.join(self._uri, METADATA), data)
+            with self._keep(METADATA, io.BytesIO(data)):
+                storage.write(storage.join(self._uri, METADATA), data)
             self._finish(files, digest(data))
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -100,25 +125,23 @@ class FragmentReader(StorageReader):
     """
     Args:
         metadata_digest: what `.metadata` must hash to.
+        copies: tried before storage. One that fails or holds something else is passed over.
     """
 
-    def __init__(self, uri: str, metadata_digest: str) -> None:
+    def __init__(self, uri: str, metadata_digest: str, copies: Elsewhere = no_copies) -> None:
         super().__init__()
         self._uri = uri
         self._digest = metadata_digest
+        self._copies = copies
+        self.origin: Counter[str] = Counter()
+        """Files by where they were read."""
         self._where: dict[Any, Any] = {}
         self._fault: Exception | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Empty where it could not be read; torch would take an error here for a file by rank, and go on without."""
-        uri = storage.join(self._uri, METADATA)
         try:
-            data = storage.read(uri)
-            if digest(data) == self._digest:
-                return cast(Metadata, pickle.loads(data))
-            self._fault = CheckpointDamaged(f"{uri} is damaged")
-        except FileNotFoundError:
-            self._fault = CheckpointDamaged(f"{uri} is missing")
+            return self._read(METADATA, self._metadata)
         except Exception as error:
             self._fault = error
         return Metadata({})
@@ -145,24 +168,48 @@ class FragmentReader(StorageReader):
         items = sorted(plan.items, key=place)
         self._room = bytearray(max((self._where[item.storage_index].length for item in items), default=0))
         for name, of_file in groupby(items, key=lambda item: place(item)[0]):
-            uri = storage.join(self._uri, name)
-            try:
-                with storage.reading(uri) as file:
-                    for tensor, item in self._read(uri, file, of_file):
-                        part = narrow_tensor_by_index(tensor, item.storage_offsets, item.lengths)
-                        planner.resolve_tensor(item).copy_(part)
-            except FileNotFoundError:
-                raise CheckpointDamaged(f"{uri} is missing") from None
+            self._read(name, partial(self._fill, list(of_file), planner))
         return _done(None)
 
-    def _read(self, uri: str, file: IO[bytes], items: Iterator[ReadItem]) -> Iterator[tuple[torch.Tensor, ReadItem]]:
+    def _read(self, name: str, take: Callable[[str, IO[bytes]], T]) -> T:
+        """What is taken from a file, at the first place where it is what was written."""
+        for place, copy in self._copies(name):
+            try:
+                with copy as file:
+                    taken = take(place, file)
+                self.origin["memory"] += 1
+                return taken
+            except (OSError, CheckpointDamaged) as error:
+                log.warning("%s; passed over", error)
+        uri = storage.join(self._uri, name)
+        try:
+            with storage.reading(uri) as file:
+                taken = take(uri, file)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise CheckpointDamaged(f"{uri} is missing") from None
+        self.origin["storage"] += 1
+        return taken
+
+    def _metadata(self, place: str, file: IO[bytes]) -> Metadata:
+        data = file.read()
+        if digest(data) != self._digest:
+            raise CheckpointDamaged(f"{place} is damaged")
+        return cast(Metadata, pickle.loads(data))
+
+    def _fill(self, items: list[ReadItem], planner: LoadPlanner, place: str, file: IO[bytes]) -> None:
+        for tensor, item in self._tensors(items, place, file):
+            part = narrow_tensor_by_index(tensor, item.storage_offsets, item.lengths)
+            planner.resolve_tensor(item).copy_(part)
+
+    def _tensors(self, items: list[ReadItem], place: str, file: IO[bytes]) -> Iterator[tuple[torch.Tensor, ReadItem]]:
         """What is stored for each item; for items that follow each other and need the same it is read once."""
         for index, needing in groupby(items, key=lambda item: item.storage_index):
             where = self._where[index]
             data = memoryview(self._room)[: where.length]
             file.seek(where.offset)
             if cast(io.BufferedReader, file).readinto(data) != where.length or digest(data) != vars(where)[XXH3]:
-                raise CheckpointDamaged(f"{uri} is damaged between bytes {where.offset} and {where.offset + len(data)}")
+                end = where.offset + len(data)
+                raise CheckpointDamaged(f"{place} is damaged between bytes {where.offset} and {end}")
             tensor = _tensor(data, vars(where).get(RAW))
             for item in needing:
                 yield tensor, item
@@ -251,11 +298,6 @@ def _tensor(data: memoryview, raw: tuple[int, torch.dtype, tuple[int, ...]] | No
         return cast(torch.Tensor, torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
     offset, dtype, shape = raw
     return torch.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
-
-
-def _sync(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def digest(data: bytes | memoryview) -> str:

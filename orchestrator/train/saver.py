@@ -1,7 +1,8 @@
 """The saver of a rank: copies its fragments to host memory, and writes and commits them while training goes on.
 
     training thread   wait for the save before -> copy the fragments -> go on training
-    saver's thread    plan, write, hash, upload -> commit (rank 0) -> tell of it, delete what is not kept
+    saver's thread    plan, write, hash, upload; copy to the memory of nodes -> commit (rank 0) -> tell of it, delete
+                      what is not kept
 
 The ranks' threads meet on a process group of their own, so that no collective of training's waits for storage. Imports
 no Ray.
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator
 from concurrent import futures
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -28,7 +30,9 @@ from orchestrator.errors import UserError
 from orchestrator.train import checkpoints
 from orchestrator.train.checkpoints import Commit, Position, Retention
 from orchestrator.train.fragment_files import FragmentWriter, SaveFailed
+from orchestrator.train.fragment_memory import Save
 from orchestrator.train.fragments import Fragment
+from orchestrator.train.memory_copies import Copies
 from orchestrator.train.planners import FragmentSavePlanner
 
 log = logging.getLogger(__name__)
@@ -59,6 +63,7 @@ class Saver:
         checkpoints_uri: the run's checkpoints.
         on_commit: called on rank 0 after each commit, in the saver's thread.
         free_bytes: of the storage. Where a checkpoint would not fit, those that stand go before it, but for the newest.
+        copies: where files are kept besides, as well as may be: a save does not fail for want of a copy.
     """
 
     def __init__(
@@ -68,12 +73,14 @@ class Saver:
         retention: Retention,
         on_commit: OnCommit,
         free_bytes: Callable[[], float] = lambda: math.inf,
+        copies: Copies | None = None,
     ) -> None:
         self._uri = checkpoints_uri
         self._attempt = attempt
         self._retention = retention
         self._on_commit = on_commit
         self._free_bytes = free_bytes
+        self._copies = copies or Copies()
         self._group = dist.new_group(backend="gloo", timeout=PEERS_TIMEOUT) if dist.is_initialized() else None
         self._host = HostMemory()
         self._saving: futures.Future[None] | None = None
@@ -130,16 +137,20 @@ class Saver:
         held_out_loss: float | None,
     ) -> None:
         try:
-            commit = self._write(position, fragments, held_out_loss)
+            save = Save(self._attempt, position.step)
+            commit = self._write(save, position, fragments, held_out_loss)
             if commit:
                 self._on_commit(commit, replace(timing, saved_s=time.perf_counter() - began))
                 checkpoints.retain(self._uri, self._retention, self._attempt)
+            self._copies.commit(save)
         except BaseException as error:  # handed to the training thread
             saving.set_exception(error)
         else:
             saving.set_result(None)
 
-    def _write(self, position: Position, fragments: list[Fragment], held_out_loss: float | None) -> Commit | None:
+    def _write(
+        self, save: Save, position: Position, fragments: list[Fragment], held_out_loss: float | None
+    ) -> Commit | None:
         """Returns the commit on rank 0, None on the others."""
         folder = checkpoints.attempt_folder(self._attempt)
         made: list[Commit] = []
@@ -160,7 +171,7 @@ class Saver:
         with _one_error():
             dcp.save(
                 {},
-                storage_writer=FragmentWriter(uri, publish),
+                storage_writer=FragmentWriter(uri, publish, partial(self._copies.keeping, save)),
                 planner=FragmentSavePlanner(fragments),
                 process_group=self._group,
                 no_dist=self._group is None,

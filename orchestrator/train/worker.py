@@ -25,6 +25,7 @@ from orchestrator.planning.search import Plan
 from orchestrator.runs import RunDir
 from orchestrator.train.checkpoints import Commit, Position, Retention
 from orchestrator.train.learning_rate import learning_rate
+from orchestrator.train.memory_copies import Copies
 from orchestrator.train.sample_losses import SampleLosses
 from orchestrator.train.watch import Watch
 
@@ -55,6 +56,8 @@ class Job:
     """The commit to go on from."""
     devices: dict[str, list[int]]
     """Ids of the run's GPUs by node id."""
+    copies: dict[str, Any] | None = None
+    """memory_copies.Places: where copies of checkpoints are kept in memory; None: nowhere."""
 
     def commit(self) -> Commit | None:
         if self.resume is None:
@@ -164,14 +167,14 @@ def _train(job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int, began: 
     first = resume.step + 1 if resume else 1
     read = stream(run.corpus, schedule, role, first, config.steps)
 
-    engine_began = time.time()
-    engine = _ready_engine(run, recipe, plan, manifest.vocab_size, schedule.exclusions.filler, resume)
+    engine_began, copies = time.time(), Copies.of(job.copies, _ray_node())
+    engine = _ready_engine(run, recipe, plan, manifest.vocab_size, schedule.exclusions.filler, resume, copies)
     if rank == 0:
         times = {"began": began, "engine_began": engine_began, "loaded": time.time()}
         run.log_event("worker_started", attempt=job.attempt, **times)
     shares = replicated(read, role, *reading_group(plan))
     recorder = Recorder(run, job.attempt, rank, schedule)
-    saver = _saver(run, recipe, job.attempt, recorder)
+    saver = _saver(run, recipe, job.attempt, recorder, copies)
     watch = _watch(job, recipe, plan, manifest, schedule, role)
     held_out = HeldOut(run.corpus, recipe, manifest, role) if config.evaluate_every else None
     integrity = Integrity(engine, config.sequence_length, Node(socket.gethostname(), _ray_node()))
@@ -225,7 +228,13 @@ def _train(job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int, began: 
 
 
 def _ready_engine(
-    run: RunDir, recipe: Recipe, plan: Plan, vocab_size: int, document_end: int, resume: Commit | None
+    run: RunDir,
+    recipe: Recipe,
+    plan: Plan,
+    vocab_size: int,
+    document_end: int,
+    resume: Commit | None,
+    copies: Copies,
 ) -> Any:
     """The engine, with the state that training goes on from."""
     import torch
@@ -241,7 +250,7 @@ def _ready_engine(
     config = model_config(recipe.model, vocab_size, train.sequence_length)
     engine = Engine(config, train, plan, accelerator, document_end if train.keep_documents_apart else None)
     if resume:
-        engine.load(run.checkpoints, resume)
+        engine.load(run.checkpoints, resume, copies)
     else:
         engine.start(open_weights(recipe.model, vocab_size, train.sequence_length, train.seed))
     return engine
@@ -273,7 +282,7 @@ def _save_clock(run: RunDir, recipe: Recipe, rank: int, saver: Any) -> Any | Non
     return SaveClock(reading(run), lambda: saver.in_flight)
 
 
-def _saver(run: RunDir, recipe: Recipe, attempt: int, recorder: Recorder) -> Any:
+def _saver(run: RunDir, recipe: Recipe, attempt: int, recorder: Recorder, copies: Copies) -> Any:
     from orchestrator.train.saver import Saver, Timing
 
     def committed(commit: Commit, timing: Timing) -> None:
@@ -289,7 +298,12 @@ def _saver(run: RunDir, recipe: Recipe, attempt: int, recorder: Recorder) -> Any
     train = recipe.train
     retention = Retention(last=train.keep_checkpoints, every=train.keep_every, best=train.keep_best)
     return Saver(
-        run.checkpoints, attempt, retention, committed, lambda: quota.free_bytes(run.uri, train.storage_quota_gib)
+        run.checkpoints,
+        attempt,
+        retention,
+        committed,
+        lambda: quota.free_bytes(run.uri, train.storage_quota_gib),
+        copies,
     )
 
 

@@ -25,6 +25,7 @@ from orchestrator import storage
 from orchestrator.train import checkpoints
 from orchestrator.train.checkpoints import Commit, Position, Retention
 from orchestrator.train.fragments import MOMENTS, PARAM, Box, Fragment
+from orchestrator.train.memory_copies import Copies
 from orchestrator.train.saver import Saver
 
 WORLD, DEADLINE_S = 2, 120
@@ -66,16 +67,16 @@ def position(step: int) -> Position:
     return Position(step=step, updates=step, past={"until": step})
 
 
-def saver(uri: str, attempt: int, keep: int = 1) -> Saver:
-    return Saver(uri, attempt, Retention(last=keep), lambda commit, timing: None)
+def saver(uri: str, attempt: int, keep: int = 1, copies: Copies | None = None) -> Saver:
+    return Saver(uri, attempt, Retention(last=keep), lambda commit, timing: None, copies)
 
 
-def loaded(uri: str, commit: Commit) -> bool:
+def loaded(uri: str, commit: Commit, copies: Copies | None = None, rank: int = 0, world: int = 1) -> bool:
     """Whether a checkpoint loads, and holds what was saved."""
-    found = fragments(0)
-    checkpoints.load(uri, commit, found)
+    found = fragments(0, rank, world)
+    checkpoints.load(uri, commit, found, copies)
     return commit.position == position(commit.step) and all(
-        torch.equal(tensor, value(fragment.name, kind, commit.step))
+        torch.equal(tensor, value(fragment.name, kind, commit.step)[fragment.box.slices])
         for fragment in found
         for kind, tensor in fragment.tensors.items()
     )
@@ -84,8 +85,13 @@ def loaded(uri: str, commit: Commit) -> bool:
 # --- the ranks --------------------------------------------------------------------------------------------------------
 
 
-def saves(uri: str, folder: Path, kill: Kill | None, keep: int = 1) -> list[dict[str, Any]]:
+def saves(
+    uri: str, folder: Path, kill: Kill | None, keep: int = 1, places: dict[str, Any] | None = None
+) -> list[dict[str, Any]]:
     """Two ranks save step SAVED over a checkpoint of step BEFORE.
+
+    Args:
+        places: where copies are kept in memory; rank 0 is on node "0", rank 1 on node "1".
 
     Returns:
         Of each rank: its calls, and the error that it ended with; nothing of a rank that was killed.
@@ -94,7 +100,8 @@ def saves(uri: str, folder: Path, kill: Kill | None, keep: int = 1) -> list[dict
     context.set_forkserver_preload([__name__])
     folder.mkdir()
     processes = [
-        context.Process(target=_rank, args=(rank, uri, folder, kill, keep, dict(os.environ))) for rank in range(WORLD)
+        context.Process(target=_rank, args=(rank, uri, folder, kill, keep, places, dict(os.environ)))
+        for rank in range(WORLD)
     ]
     for process in processes:
         process.start()
@@ -105,13 +112,21 @@ def saves(uri: str, folder: Path, kill: Kill | None, keep: int = 1) -> list[dict
     return [json.loads(file.read_text()) if file.exists() else {} for file in files]
 
 
-def _rank(rank: int, uri: str, folder: Path, kill: Kill | None, keep: int, environment: dict[str, str]) -> None:
+def _rank(
+    rank: int,
+    uri: str,
+    folder: Path,
+    kill: Kill | None,
+    keep: int,
+    places: dict[str, Any] | None,
+    environment: dict[str, str],
+) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", store, timedelta(seconds=30), WORLD, rank)
     calls = Calls(kill.call if kill and kill.rank == rank else None, on_s3=storage.is_s3(uri))
-    mine = saver(uri, 1, keep)
+    mine = saver(uri, 1, keep, Copies.of(places, str(rank)))
     error = None
     calls.watch()
     try:

@@ -98,6 +98,8 @@ MUTABLE = (
     "train.spikes",
     "train.check_every",
     "train.profile",
+    "train.hang_after_s",
+    "train.straggler_ratio",
     "train.max_restarts",
     "train.standby",
     "train.max_lost_shards",

@@ -9,12 +9,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.examiner import Examiner
+from orchestrator.train import beats, stacks
+from orchestrator.train.beats import Sign
 
 OOM_COUNTERS = ("/sys/fs/cgroup/memory.events", "/proc/vmstat")
 """Where the kernel counts the processes that it killed for want of memory: of this container, of the machine."""
@@ -45,6 +49,10 @@ class _Group:
     """Of the ranks whose process is there."""
     settled: set[int] = field(default_factory=set)
     """Ranks that have failed or finished: their process may end."""
+    folder: str = ""
+    """Of their beats and stacks, as long as one of the processes is there."""
+    last_signs: dict[int, Sign | None] = field(default_factory=dict)
+    """Of the ranks whose process is gone."""
 
 
 class NodeAgent(Examiner):
@@ -87,23 +95,47 @@ class NodeAgent(Examiner):
         while found.pids:
             await asyncio.sleep(0.01)
 
+    async def signs(self, group: str) -> dict[int, Sign | None]:
+        """What each rank of a group on this node last said of itself, also of those whose process is gone."""
+        found = self._group(group)
+        return {**found.last_signs, **{rank: beats.read(beats.path(found.folder, rank)) for rank in found.pids}}
+
+    async def states(self, group: str) -> dict[int, str]:
+        """Of the processes of a group, by rank; see orchestrator.train.stacks.state."""
+        return {rank: stacks.state(pid) for rank, pid in self._group(group).pids.items()}
+
+    async def stacks(self, group: str, timeout_s: float = 5.0) -> dict[int, str]:
+        """What each rank of a group on this node is doing, thread by thread."""
+        found = self._group(group)
+        paths = {rank: stacks.path(found.folder, rank) for rank in found.pids}
+        return await asyncio.to_thread(stacks.collect, dict(found.pids), paths, timeout_s)
+
     # --- for the workers ----------------------------------------------------------------------------------------------
 
-    async def register(self, group: str, rank: int, pid: int) -> None:
-        """Watch a worker's process from now on."""
+    async def register(self, group: str, rank: int, pid: int) -> str:
+        """Watch a worker's process from now on.
+
+        Returns:
+            the folder where the worker keeps its beat, and answers for its stacks (orchestrator.train.beats, stacks).
+        """
         found = self._group(group)
         before = oom_kills()
         try:
             handle = os.pidfd_open(pid)
         except ProcessLookupError:
             self._tell(Report(kind="died", group=group, rank=rank))
-            return
+            return found.folder
+        if not found.pids:
+            found.folder = tempfile.mkdtemp(prefix="terrane-group-")
         found.pids[rank] = pid
 
         def ended() -> None:
             asyncio.get_running_loop().remove_reader(handle)
             os.close(handle)
             del found.pids[rank]
+            found.last_signs[rank] = beats.read(beats.path(found.folder, rank))
+            if not found.pids:
+                shutil.rmtree(found.folder, ignore_errors=True)
             if rank not in found.settled:
                 kills, share = oom_kills() - before, memory_share()
                 self._tell(
@@ -111,6 +143,7 @@ class NodeAgent(Examiner):
                 )
 
         asyncio.get_running_loop().add_reader(handle, ended)
+        return found.folder
 
     async def arrive(self, group: str, rank: int) -> dict[str, Any] | None:
         """Wait for the job. None: there is none, go home."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -156,6 +156,13 @@ class TrainConfig(Section):
     check_every: Count | None = 100
     """Steps. Replicas are compared then, and before every checkpoint, so that a device that computes wrong numbers
     without an error is found; a check takes about as long as one sequence does. null: never."""
+    hang_after_s: Positive | None = None
+    """Seconds without anything new from any worker, in a step or the wait for its data, after which the attempt counts
+    as hanging: the stacks of all workers are kept, and it is restarted. null: ten times the slowest of the recent
+    steps, and a minute at least, five where storage is read or written. First times may take half an hour."""
+    straggler_ratio: Annotated[float, Field(gt=1)] | None = 1.5
+    """A replica whose forward passes take so many times as long as those of the others, for 40 steps, is named as a
+    straggler. null: none is looked for."""
     profile: tuple[Count, Count] | None = None
     """First and last step to trace, as in [20, 22]: every rank writes what it did to the attempt's directory."""
 

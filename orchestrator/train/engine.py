@@ -26,6 +26,7 @@ from orchestrator.train.profiling import labelled
 from orchestrator.train.saver import Saver, Timing
 from orchestrator.train.stage import NOT_A_TARGET, Part, Stage, document_numbers
 from orchestrator.train.tensor_parallel import ALONE, TensorGroup
+from orchestrator.train.timing import ForwardTimer
 from orchestrator.train_config import TrainConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,6 +47,8 @@ class StepResult:
     """The greatest that any rank raised."""
     broken_ranks: tuple[int, ...]
     """Those whose loss is not finite."""
+    forward_s: tuple[float, ...]
+    """By rank: what a sequence took in the forward passes of its stage; NaN where it was not measured."""
     sample_losses: np.ndarray | None
     """Mean over the targets of each sequence of this rank's share, float32; None on ranks that compute no loss, and on
     all but the first of a tensor-parallel group."""
@@ -99,6 +102,7 @@ class Engine:
         self._module = pipeline.pipeline_module(stage, plan, self._pipeline_loss) if self._pipelined else stage
         self._engine = zero.initialize(self._module, optimizer, values, None if self._pipelined else grid)
         self._state = zero.optimizer_state(self._engine, parts, self._config.clip_norm)
+        self._timer = ForwardTimer(stage, self._device)
 
     # --- what integrity.py looks at -----------------------------------------------------------------------------------
 
@@ -172,6 +176,7 @@ class Engine:
         # DeepSpeed averages over replicas, and a pipeline over micro-batches: the loss shall be a sum over targets.
         self._scale = self._plan.data_parallel / share.targets * (count if self._pipelined else 1)
         judgement = self._judgement = _Judgement(share.targets, flag, accept)
+        self._timer.restart()
         batches = self._micro_batches(share.tokens, share.counted, count)
         if self._pipelined:
             with labelled("forward-backward"):  # the update is made within
@@ -191,6 +196,7 @@ class Engine:
             applied=judgement.applied,
             flag=int(max(judgement.flags)),
             broken_ranks=tuple(rank for rank, value in enumerate(judgement.sums) if not math.isfinite(value)),
+            forward_s=tuple(judgement.forward_s),
             sample_losses=None if self._tensor_rank else _sample_losses(judgement.losses, share, count),
         )
 
@@ -229,7 +235,8 @@ class Engine:
     def _judge(self, norm: float) -> bool:
         """Before the update: exchange the losses of all ranks, then decide, on all alike."""
         judgement = self._judgement
-        judgement.sums, judgement.flags = self.gathered(self._loss_sum(), float(judgement.flag))
+        own = self._loss_sum(), float(judgement.flag), self._timer.seconds_a_sequence()
+        judgement.sums, judgement.flags, judgement.forward_s = self.gathered(*own)
         judgement.loss, judgement.grad_norm = sum(judgement.sums) / judgement.targets, norm
         finite = math.isfinite(judgement.loss) and math.isfinite(norm)
         accepted = judgement.accept is None or judgement.accept(judgement.loss, norm)
@@ -271,6 +278,8 @@ class _Judgement:
     sums: list[float] = field(default_factory=list)
     """Of the losses, by rank."""
     flags: list[float] = field(default_factory=list)
+    forward_s: list[float] = field(default_factory=list)
+    """A sequence, by rank."""
     loss: float = math.nan
     grad_norm: float = math.nan
     applied: bool = False

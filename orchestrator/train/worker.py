@@ -23,6 +23,8 @@ from orchestrator.errors import UserError
 from orchestrator.evaluation.held_out import HeldOut
 from orchestrator.planning.search import Plan
 from orchestrator.runs import RunDir
+from orchestrator.train import beats, stacks
+from orchestrator.train.beats import Beat
 from orchestrator.train.checkpoints import Commit, Position, Retention
 from orchestrator.train.learning_rate import learning_rate
 from orchestrator.train.memory_copies import Copies
@@ -83,17 +85,24 @@ def train_worker(values: dict[str, Any]) -> None:
     began = time.time()
     waiting = Waiting(**values)
     rank, agent = _ray_rank(), _Agent(waiting)
-    agent.register()
+    beat = _signs(agent.register(), rank)
     with agent.told_of_the_end():
         accelerator = accelerators.ACCELERATORS[waiting.accelerator]
         accelerators.prepare_process(accelerator)
         _warm_up(waiting, accelerator)
+        beat.mark("parked", 0)
         job = agent.job()
         if job:
             run = RunDir(job.run)
             with _log_file(run, job.attempt, rank):
                 _take_device(job)
-                _train(job, Recipe.model_validate(job.recipe), Plan(**job.plan), run, rank, began)
+                _train(job, Recipe.model_validate(job.recipe), Plan(**job.plan), run, rank, began, beat)
+
+
+def _signs(folder: str, rank: int) -> Beat:
+    """Where the agent sees what this rank does, and asks for its stacks."""
+    stacks.install(stacks.path(folder, rank))
+    return Beat(beats.path(folder, rank))
 
 
 def _warm_up(waiting: Waiting, accelerator: accelerators.Accelerator) -> None:
@@ -121,8 +130,9 @@ class _Agent:
         self._agent = waiting.agents[_ray_node()]
         self._who = (waiting.group, _ray_rank())
 
-    def register(self) -> None:
-        self._call("register", os.getpid())
+    def register(self) -> str:
+        """Returns the folder that it looks in for this worker's beat and stacks."""
+        return str(self._call("register", os.getpid()))
 
     def job(self) -> Job | None:
         """Wait for it. None: go home."""
@@ -153,11 +163,12 @@ def portable(error: BaseException) -> BaseException:
     return error
 
 
-def _train(job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int, began: float) -> None:
+def _train(job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int, began: float, beat: Beat) -> None:
     from orchestrator.data.stream import stream
     from orchestrator.train.integrity import Integrity, Node
     from orchestrator.train.profiling import Profiler, labelled
     from orchestrator.train.replicas import reading_group, replicated
+    from orchestrator.train.stragglers import Stragglers
 
     config, resume = recipe.train, job.commit()
     manifest = load_manifest(run.corpus)
@@ -168,6 +179,7 @@ def _train(job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int, began: 
     read = stream(run.corpus, schedule, role, first, config.steps)
 
     engine_began, copies = time.time(), Copies.of(job.copies, _ray_node())
+    beat.mark("loading", first - 1)
     engine = _ready_engine(run, recipe, plan, manifest.vocab_size, schedule.exclusions.filler, resume, copies)
     if rank == 0:
         times = {"began": began, "engine_began": engine_began, "loaded": time.time()}
@@ -178,19 +190,21 @@ def _train(job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int, began: 
     watch = _watch(job, recipe, plan, manifest, schedule, role)
     held_out = HeldOut(run.corpus, recipe, manifest, role) if config.evaluate_every else None
     integrity = Integrity(engine, config.sequence_length, Node(socket.gethostname(), _ray_node()))
+    stragglers = Stragglers(run, job.attempt, plan, config.straggler_ratio, integrity.nodes, rank)
     profiler = Profiler(run.profile(job.attempt, rank), config.profile)
     stop = StopRequest(run, rank)
     clock = _save_clock(run, recipe, rank, saver)
     updates = resume.position.updates if resume else 0
     asked = Request.NOTHING
     with contextlib.closing(recorder), contextlib.closing(saver), contextlib.closing(profiler):
-        for share in recorder.timed(profiler.over(shares, first)):
+        for share in recorder.timed(profiler.over(beat.over(shares, first), first)):
             step, held_out_loss, asked = share.step, None, Request.NOTHING
             if share.targets:
                 lr = learning_rate(config, step)
                 result = engine.step(share, lr, _request(stop, clock), watch.accepts(step))
                 recorder.computed()
                 if held_out and _due(step, config.evaluate_every, config.steps):
+                    beat.mark("evaluation", step)
                     held_out_loss = held_out.loss(engine)
                 recorder.record(step, result, lr, held_out_loss)
                 if clock:
@@ -198,6 +212,7 @@ def _train(job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int, began: 
                 updates, asked = updates + result.applied, Request(result.flag)
                 integrity.explain(share, result)
                 watch.follow(step, result)
+                stragglers.follow(step, result)
             else:
                 log.info("step %d: passed over", step)
             saver.poll()
@@ -206,6 +221,7 @@ def _train(job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int, began: 
                 raise UserError("no step had anything to learn from: all of it is skipped, quarantined or lost")
             saving = config.saves_at(step) or asked >= Request.SAVE
             if config.check_every and (saving or step % config.check_every == 0):
+                beat.mark("check", step)
                 with recorder.checking():  # what is committed has passed a check
                     integrity.check(step)
             if saving:
@@ -216,12 +232,14 @@ def _train(job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int, began: 
                     past=schedule.past(step),
                     watch=watch.state(),
                 )
+                beat.mark("checkpoint", step)
                 with recorder.saving(), labelled("checkpoint"):
                     engine.save(saver, position, held_out_loss)
                 if clock:
                     clock.saved(recorder.checkpoint_s)
             if asked is Request.SAVE_AND_LEAVE:
                 break
+        beat.mark("ending", step)
         saver.wait()
     if asked is Request.SAVE_AND_LEAVE:
         log.info("step %d: asked to stop, state committed", step)

@@ -67,6 +67,7 @@ def told(watch: Watch, step: int, losses: list[float], grad_norm: float = 0.5, b
             applied=applied,
             flag=False,
             broken_ranks=broken,
+            forward_s=(0.1,),
             sample_losses=np.array(losses, np.float32),
         ),
     )

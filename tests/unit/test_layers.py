@@ -36,6 +36,10 @@ ENGINE = (
     "profiling",
     "self_test",
     "speeds",
+    "timing",
+    "stragglers",
+    "beats",
+    "stacks",
 )
 
 
@@ -76,6 +80,7 @@ def test_the_lower_layers_know_nothing_of_the_upper_ones(file: Path) -> None:
         "orchestrator/findings.py",
         "orchestrator/goodput.py",
         "orchestrator/attempt_rows.py",
+        "orchestrator/hangs.py",
         "orchestrator/data/order.py",
         "orchestrator/train/spikes.py",
         "orchestrator/train/learning_rate.py",

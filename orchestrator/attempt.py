@@ -8,14 +8,17 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from orchestrator import storage
+from orchestrator import cluster, nodes, storage
 from orchestrator.capacity import LOOK_S, Capacity
-from orchestrator.cluster import draining
+from orchestrator.config import Recipe
+from orchestrator.drivers import Driver
 from orchestrator.elastic import Change
 from orchestrator.endings import Death, Evidence, raised_alike
 from orchestrator.errors import CapacityError, Interrupted
+from orchestrator.hangs import RECENT_STEPS, Hang, durations, hang
 from orchestrator.lease import Lease
 from orchestrator.planning.search import Plan
 from orchestrator.runs import RunDir
@@ -25,6 +28,8 @@ from orchestrator.worker_group import WorkerGroup
 log = logging.getLogger(__name__)
 
 POLL_S = 0.2
+SIGNS_S = 5.0
+"""Between two looks at the signs of life of all workers."""
 STANDBY_PAYS_S = 30.0
 """A standby is started where training will take longer than that."""
 LEAVE_S = 15.0
@@ -40,38 +45,33 @@ def request_stop(run: RunDir, reason: str) -> None:
     run.write_json(run.stop_request, {"reason": reason, "time": time.time()})
 
 
-class Attempt:
-    """
-    Args:
-        steps: the last step of the run.
-        on_step: called with each new record of the metrics, in the driver.
-    """
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """What all attempts of one command have in common."""
 
-    def __init__(
-        self,
-        run: RunDir,
-        number: int,
-        plan: Plan,
-        group: WorkerGroup,
-        lease: Lease,
-        capacity: Capacity,
-        standby: Standby | None,
-        steps: int,
-        on_step: OnStep,
-    ) -> None:
-        self._run = run
+    run: RunDir
+    recipe: Recipe
+    driver: Driver
+    lease: Lease
+    capacity: Capacity
+    standby: Standby
+    on_step: OnStep
+    """Called with each new record of the metrics."""
+
+
+class Attempt:
+    def __init__(self, command: Command, number: int, plan: Plan, group: WorkerGroup) -> None:
+        self._command = command
+        self._run = command.run
         self._number = number
         self._plan = plan
         self._group = group
-        self._lease = lease
-        self._capacity = capacity
-        self._standby = standby
-        self._steps = steps
-        self._follower = _Follower(run, number, on_step)
+        self._follower = _Follower(command.run, number, command.on_step)
         self._change: Change | None = None
         self._leaving = False
         """Whether the workers were asked to make room for `_change`."""
-        self._next_look = 0.0
+        self._hang: Hang | None = None
+        self._next_look = self._next_signs = 0.0
         self._interrupts = 0
 
     @property
@@ -83,40 +83,64 @@ class Attempt:
 
         Raises:
             Interrupted: the second Ctrl-C.
+            RunFailed: another driver has taken over.
         """
-        while not self._group.over(raised_alike(self._group.errors)):
+        while not self._hang and not self._group.over(raised_alike(self._group.errors)):
             try:
                 self._poll()
             except KeyboardInterrupt:
                 self._interrupted()
-        failed_at = time.time()
+        now = time.time()
         finished = len(self._group.finished) == self._plan.workers
         if not finished:
             self._group.end()
         self._follower.poll(now=True)
-        return self._evidence(finished, failed_at)
+        return self._evidence(finished, now)
 
     def _poll(self) -> None:
-        reports = self._lease.poll(POLL_S)
+        self._command.driver.check()
+        reports = self._command.lease.poll(POLL_S)
         self._group.take(reports)
-        if self._standby:
-            self._standby.note(reports)
+        self._command.standby.note(reports)
         self._follower.poll()
-        if self._follower.last_step and time.monotonic() >= self._next_look and not self._group.broken:
+        if self._group.broken:
+            return
+        if time.monotonic() >= self._next_signs:
+            self._next_signs = time.monotonic() + SIGNS_S
+            self._look_for_signs()
+        if self._follower.last_step and time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + LOOK_S
             self._look_around()
 
+    def _look_for_signs(self) -> None:
+        """See that the workers get on, and keep their stacks where they do not."""
+        signs = self._group.signs()
+        if len(signs) < self._plan.workers:
+            return  # not all have started, or a node gives no answer
+        found = hang(signs, durations(self._follower.recent), self._command.recipe.train.hang_after_s, self._stopped())
+        if found is None:
+            return
+        self._hang = found
+        log.warning("attempt %d hangs: %s", self._number, found.message)
+        for rank, text in self._group.stacks().items():
+            storage.write(self._run.stacks(self._number, rank), text.encode())
+        self._run.log_event("hang", attempt=self._number, step=found.step, seconds=found.seconds, message=found.message)
+
+    def _stopped(self) -> list[int]:
+        return self._group.stopped() if self._follower.idle_s > SIGNS_S else []
+
     def _look_around(self) -> None:
         """Prepare for what comes next, and make room for it where that pays."""
-        steps_left = self._steps - self._follower.last_step
+        standby, steps_left = self._command.standby, self._command.recipe.train.steps - self._follower.last_step
         if self._leaving or not steps_left:
             return
         step_s = self._follower.step_s
-        before, self._change = self._change, self._capacity.change(self._plan, step_s, steps_left, {})
+        slow = {self._node_of(rank): ratio for rank, ratio in self._group.slow.items()}
+        before, self._change = self._change, self._command.capacity.change(self._plan, step_s, steps_left, slow)
         change = self._change
         if change is None:
-            if self._standby and step_s * steps_left > STANDBY_PAYS_S:
-                self._standby.prepare(self._plan)
+            if step_s * steps_left > STANDBY_PAYS_S:
+                standby.prepare(self._plan)
         elif before and before.plan.placement == change.plan.placement:  # what is seen once may be gone again
             self._make_way(change)
 
@@ -124,21 +148,29 @@ class Attempt:
         """Once the workers of a change stand ready, or cannot be waited for, ask the present ones to leave."""
         if change.plan is not self._plan and not self._goes_soon():
             try:
-                self._capacity.hold(change.plan)
+                self._command.capacity.hold(change.plan)
             except CapacityError as lacking:
                 log.info("attempt %d: %s", self._number, lacking.message)
                 return
-            if self._standby:
-                self._standby.prepare(change.plan)
-                if not self._standby.ready(change.plan):
-                    return
+            self._command.standby.prepare(change.plan)
+            if self._command.recipe.train.standby and not self._command.standby.ready(change.plan):
+                return
+        if change.kind == "eviction":
+            self._quarantine(change)
         log.info("attempt %d: makes way: %s", self._number, change.reason)
         self._run.log_event("resized", attempt=self._number, kind=change.kind, reason=change.reason)
         self._leaving = storage.create(self._run.stop_request, json.dumps({"reason": change.kind}).encode())
 
+    def _quarantine(self, change: Change) -> None:
+        for rank, ratio in self._group.slow.items():
+            node = self._node_of(rank)
+            if node not in change.plan.node_ids:
+                reason = f"slower than its like by {ratio:.2f}, in attempt {self._number}"
+                nodes.quarantine(self._run, node, cluster.hosts().get(node, ""), reason)
+
     def _goes_soon(self) -> bool:
         """Whether a node of the attempt will be gone before others can stand ready."""
-        deadlines = [end for node, end in draining().items() if node in dict(self._plan.placement) and end]
+        deadlines = [end for node, end in cluster.draining().items() if node in dict(self._plan.placement) and end]
         return bool(deadlines) and min(deadlines) < time.time() + LEAVE_S
 
     def _interrupted(self) -> None:
@@ -149,7 +181,7 @@ class Attempt:
         request_stop(self._run, "Ctrl-C")
         self._leaving = False
 
-    def _evidence(self, finished: bool, failed_at: float) -> Evidence:
+    def _evidence(self, finished: bool, now: float) -> Evidence:
         group = self._group
         deaths = tuple(
             Death(
@@ -161,12 +193,14 @@ class Attempt:
             for report in group.deaths.values()
         )
         crowded = any(report.node_memory_share > FULL_MEMORY for report in group.deaths.values())
-        silent = not (finished or group.errors or deaths or group.lost_nodes)
+        silent = not (finished or self._hang or group.errors or deaths or group.lost_nodes)
+        failed_at = now - self._hang.seconds if self._hang else group.failed_at or now
         return Evidence(
             errors=group.errors,
-            deaths=deaths,
+            deaths=() if self._hang else deaths,
             lost_nodes=group.lost_nodes,
             fit_error=group.fit_error(10.0 if crowded or silent else 0.0),
+            hang=self._hang.message if self._hang else "",
             yielded=self._change.reason if self._change and self._leaving else "",
             finished=finished,
             failed_at=None if finished else failed_at,
@@ -191,13 +225,20 @@ class _Follower:
         self._on_step = on_step
         self._seen = 0
         self._next = 0.0
-        self._step_times: deque[float] = deque(maxlen=20)
+        self._news_at = time.monotonic()
+        self.recent: deque[dict[str, Any]] = deque(maxlen=RECENT_STEPS)
+        """The newest records."""
         self.last_step = 0
 
     @property
     def step_s(self) -> float:
         """Seconds that a step takes of late."""
-        return statistics.median(self._step_times) if self._step_times else 0.0
+        return statistics.median(record["step_time_s"] for record in self.recent) if self.recent else 0.0
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds since the last record."""
+        return time.monotonic() - self._news_at
 
     def poll(self, now: bool = False) -> None:
         if time.monotonic() < self._next and not now:
@@ -213,6 +254,7 @@ class _Follower:
             if not self.last_step:
                 self._run.log_event("first_step", attempt=self._attempt, step=record["step"])
             self.last_step = record["step"]
-            self._step_times.append(record["step_time_s"])
+            self.recent.append(record)
+            self._news_at = time.monotonic()
             self._on_step(record)
         self._seen = len(whole)

@@ -15,10 +15,10 @@ from orchestrator.data.manifest import load_manifest
 from orchestrator.elastic import Change, wanted_change
 from orchestrator.errors import CapacityError, Interrupted, RunFailed
 from orchestrator.lease import Lease, NodesBusy
-from orchestrator.nodes import plan_around
+from orchestrator.nodes import plan_around, with_speeds
 from orchestrator.planning.past import NOTHING, Past, learned
-from orchestrator.planning.search import Plan
-from orchestrator.planning.shape import model_shape
+from orchestrator.planning.search import Plan, predicted_anew
+from orchestrator.planning.shape import ModelShape, model_shape
 from orchestrator.runs import RunDir
 
 log = logging.getLogger(__name__)
@@ -47,11 +47,13 @@ def make_plan(
         prefer: ids of nodes to take before others.
         past: what the run's attempts have taught, where it is known already; read from its events otherwise.
     """
-    manifest = load_manifest(run.corpus)
-    vocab_size = manifest.vocab_size if manifest else tokenizer.planned_vocabulary(recipe)
-    pools = _without(cluster.node_pools(), without)
-    shape = model_shape(recipe, vocab_size)
+    pools, shape = _without(cluster.node_pools(), without), _shape(run, recipe)
     return plan_around(run, recipe, shape, pools, frozenset(prefer), past or learned(run.events()))
+
+
+def _shape(run: RunDir, recipe: Recipe) -> ModelShape:
+    manifest = load_manifest(run.corpus)
+    return model_shape(recipe, manifest.vocab_size if manifest else tokenizer.planned_vocabulary(recipe))
 
 
 class Capacity:
@@ -122,8 +124,9 @@ class Capacity:
             if nodes.keys() & leaving.keys():
                 return Change(plan=live, kind="drain", reason=f"its nodes will go: {lacking.missing}")
             return None
+        pools = with_speeds(self._run, cluster.node_pools())
         return wanted_change(
-            live,
+            predicted_anew(live, self._recipe, _shape(self._run, self._recipe), pools),
             candidate,
             leaving=leaving,
             slow=slow,

@@ -6,6 +6,7 @@ can stand ready beside those of the present one, and no other job takes the devi
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Iterable, Mapping
@@ -13,8 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.accelerators import ACCELERATORS
-from orchestrator.node_agent import NodeAgent, Report
+from orchestrator.node_agent import Introduction, NodeAgent, Report
 from orchestrator.planning.search import Plan
+from orchestrator.train.beats import Sign
+from orchestrator.train.fragment_memory import Held, new_token
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +25,11 @@ WORKER_CPUS = 0.01
 """What a worker asks Ray for itself; its agent holds the rest, less this for a worker that stands by."""
 AGENT_START_S = 30.0
 """How long an agent may take to start on a node that is alive."""
+
+
+ANSWER_S = 3.0
+"""For an agent to answer a question; the links of a node that takes longer are cut, or will be known to be."""
+STACKS_S = 15.0
 
 
 class NodesBusy(Exception):
@@ -36,8 +44,9 @@ class NodesBusy(Exception):
 class _Held:
     """What the run holds of a node: the first actor is the agent, others hold more devices."""
 
-    actors: list[Any]
-    devices: int
+    memory_address: str
+    actors: list[Any] = field(default_factory=list)
+    devices: int = 0
     ids: list[int] = field(default_factory=list)
     """Of the GPUs."""
     seen: int = 0
@@ -47,9 +56,16 @@ class _Held:
 
 
 class Lease:
-    """Use it as a context; its agents end with it."""
+    """Use it as a context; its agents end with it.
 
-    def __init__(self) -> None:
+    Args:
+        copies: whether nodes keep copies of checkpoints in memory.
+    """
+
+    def __init__(self, copies: bool) -> None:
+        self.token = new_token() if copies else ""
+        self.examined: set[str] = set()
+        """Nodes that preflight has seen, or sees, since they were taken."""
         self._held: dict[str, _Held] = {}
         self.lost: dict[str, float] = {}
         """Nodes whose agent has ended, and when (time.monotonic)."""
@@ -71,8 +87,8 @@ class Lease:
             held = self._held.get(node_id)
             lacking = workers - (held.devices if held else 0)
             if lacking > 0:
-                actor = _agent(node_id, lacking, plan.accelerator, cpus_per_worker)
-                fresh[actor.devices.remote()] = (node_id, lacking, actor)
+                actor = _agent(node_id, lacking, plan.accelerator, cpus_per_worker, "" if held else self.token)
+                fresh[actor.introduce.remote()] = (node_id, lacking, actor)
         self._take(fresh)
 
     def _take(self, fresh: dict[Any, tuple[str, int, Any]]) -> None:
@@ -82,28 +98,32 @@ class Lease:
         answered, _ = ray.wait(answers, num_returns=len(answers), timeout=AGENT_START_S) if answers else ([], [])
         for reference, (node_id, devices, actor) in fresh.items():
             try:
-                ids = ray.get(reference) if reference in answered else None
+                found: Introduction | None = ray.get(reference) if reference in answered else None
             except ray.exceptions.RayError:  # the node went away
-                ids = None
-            if ids is None:
+                found = None
+            if found is None:
                 ray.kill(actor)
                 missing.append(node_id)
                 continue
-            held = self._held.setdefault(node_id, _Held(actors=[], devices=0))
+            held = self._held.setdefault(node_id, _Held(memory_address=found.memory_address))
             held.actors.append(actor)
             held.devices += devices
-            held.ids += ids
+            held.ids += found.devices
             self.lost.pop(node_id, None)
         if missing:
             raise NodesBusy(missing)
 
     def keep(self, node_ids: Iterable[str]) -> None:
         """Give back every other node."""
+        for node_id in self._held.keys() - set(node_ids):
+            self._drop(node_id)
+
+    def _drop(self, node_id: str) -> None:
         import ray
 
-        for node_id in self._held.keys() - set(node_ids):
-            for actor in self._held.pop(node_id).actors:
-                ray.kill(actor)
+        self.examined.discard(node_id)
+        for actor in self._held.pop(node_id).actors:
+            ray.kill(actor)
 
     @property
     def agents(self) -> dict[str, Any]:
@@ -142,8 +162,7 @@ class Lease:
         except ray.exceptions.RayError as error:
             log.debug("agent of node %s: %s", node_id, error)
             self.lost[node_id] = time.monotonic()
-            for actor in self._held.pop(node_id).actors:
-                ray.kill(actor)
+            self._drop(node_id)
             return []
         held.seen, held.news = held.seen + len(reports), None
         return reports
@@ -156,16 +175,55 @@ class Lease:
 
     def end(self, node_ids: Iterable[str], group: str, timeout_s: float) -> None:
         """End the processes of a group on the nodes that are still there."""
+        there = [node_id for node_id in node_ids if node_id in self._held]
+        if len(self._asked("end", there, timeout_s, group)) < len(there):
+            log.warning("some workers of group %s do not end", group)
+
+    def signs(self, node_ids: Iterable[str], group: str) -> dict[int, Sign | None]:
+        """What every rank of a group last said of itself; none of those on a node that gives no answer."""
+        return _merged(self._asked("signs", node_ids, ANSWER_S, group))
+
+    def states(self, node_ids: Iterable[str], group: str) -> dict[int, str]:
+        """Of the processes of a group, by rank (train.stacks.state)."""
+        return _merged(self._asked("states", node_ids, ANSWER_S, group))
+
+    def stacks(self, node_ids: Iterable[str], group: str) -> dict[int, str]:
+        """What the ranks of a group are doing, thread by thread."""
+        return _merged(self._asked("stacks", node_ids, STACKS_S, group))
+
+    def memories(self, node_ids: Iterable[str]) -> dict[str, str]:
+        """Addresses of the copies in memory, by node id, in this order of the nodes."""
+        return {node: self._held[node].memory_address for node in node_ids if node in self._held}
+
+    def copies(self) -> dict[str, list[Held]]:
+        """The files of checkpoints that are in memory, by the address of the memory."""
+        found = self._asked("copies", list(self._held), ANSWER_S) if self.token else {}
+        return {self._held[node_id].memory_address: files for node_id, files in found.items()}
+
+    def _asked(self, method: str, node_ids: Iterable[str], timeout_s: float, *args: Any) -> dict[str, Any]:
+        """The answers of those agents that give one in time, by node id."""
         import ray
 
-        ends = [self._held[node].actors[0].end.remote(group) for node in node_ids if node in self._held]
-        if ends:
-            _, late = ray.wait(ends, num_returns=len(ends), timeout=timeout_s)
-            if late:
-                log.warning("workers of %s do not end on %d nodes", group, len(late))
+        asked = {
+            getattr(self._held[node_id].actors[0], method).remote(*args): node_id
+            for node_id in node_ids
+            if node_id in self._held
+        }
+        if not asked:
+            return {}
+        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=timeout_s)
+        answers = {}
+        for reference in answered:
+            with contextlib.suppress(ray.exceptions.RayError):  # `poll` tells of nodes that are lost
+                answers[asked[reference]] = ray.get(reference)
+        return answers
 
 
-def _agent(node_id: str, devices: int, accelerator: str, cpus_per_worker: float) -> Any:
+def _merged(answers: Mapping[str, dict[int, Any]]) -> dict[int, Any]:
+    return {rank: found for answer in answers.values() for rank, found in answer.items()}
+
+
+def _agent(node_id: str, devices: int, accelerator: str, cpus_per_worker: float, token: str) -> Any:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -173,10 +231,10 @@ def _agent(node_id: str, devices: int, accelerator: str, cpus_per_worker: float)
     return (
         ray.remote(NodeAgent)
         .options(
-            num_cpus=devices * max(cpus_per_worker - 2 * WORKER_CPUS, 0.0),
+            num_cpus=round(devices * max(cpus_per_worker - 2 * WORKER_CPUS, 0.0), 4),
             num_gpus=gpus,
             max_restarts=0,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
         )
-        .remote()
+        .remote(token)
     )

@@ -12,6 +12,8 @@ import os
 import shutil
 import signal
 import tempfile
+import time
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,24 +21,43 @@ from typing import Any, Literal
 from orchestrator.examiner import Examiner
 from orchestrator.train import beats, stacks
 from orchestrator.train.beats import Sign
+from orchestrator.train.fragment_memory import SHARE_OF_NODE, CopyServer, FragmentMemory, Held
 
 OOM_COUNTERS = ("/sys/fs/cgroup/memory.events", "/proc/vmstat")
 """Where the kernel counts the processes that it killed for want of memory: of this container, of the machine."""
+
+
+Kind = Literal["arrived", "failed", "finished", "died", "slow"]
+SAMPLE_S = 2.0
+"""Between two looks at the machine's memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Introduction:
+    devices: list[int]
+    """The ids of the GPUs that Ray gave the agent; none on a CPU node."""
+    memory_address: str
+    """Where its memory is reached (train.fragment_memory); empty without."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """What became of a worker."""
 
-    kind: Literal["arrived", "failed", "finished", "died"]
-    """arrived: it waits for a job. failed: it raised `error`. died: its process ended without a word."""
+    kind: Kind
+    """arrived: it waits for a job. failed: it raised `error`. died: its process ended without a word. slow: it has
+    found which ranks hold up the others."""
     group: str
     rank: int
+    time: float
+    """Of the report, in unix seconds."""
     error: BaseException | None = None
+    slow: dict[int, float] = field(default_factory=dict)
+    """Of ranks that are slower than their peers, by how many times."""
     oom_kills: int = 0
-    """By how much the kernel's count has grown since the worker started."""
+    """By how much the kernel's count has grown in the last seconds."""
     node_memory_share: float = 0.0
-    """Of the node's memory that was in use."""
+    """Of the node's memory that was in use in the last seconds, at most."""
 
 
 @dataclass
@@ -56,20 +77,36 @@ class _Group:
 
 
 class NodeAgent(Examiner):
-    """Call it from asyncio alone, as a Ray actor does."""
+    """Call it from asyncio alone, as a Ray actor does.
 
-    def __init__(self) -> None:
+    Args:
+        token: that others must know to reach the copies of checkpoints in its memory; empty: it keeps none.
+    """
+
+    def __init__(self, token: str = "") -> None:
         self._groups: dict[str, _Group] = {}
         self._reports: list[Report] = []
         self._news = asyncio.Event()
+        self._memory = FragmentMemory(int(SHARE_OF_NODE * memory_bytes())) if token else None
+        self._token = token
+        self._pressure: deque[Pressure] = deque([Pressure.now()], maxlen=2)
+        self._sampling: asyncio.Task[None] | None = None
 
     # --- for the supervisor -------------------------------------------------------------------------------------------
 
-    async def devices(self) -> list[int]:
-        """The ids of the devices that Ray gave this agent; none on a CPU node."""
+    async def introduce(self) -> Introduction:
+        """Once, before anything else."""
         import ray
 
-        return [int(number) for number in ray.get_runtime_context().get_accelerator_ids().get("GPU", [])]
+        ids = [int(number) for number in ray.get_runtime_context().get_accelerator_ids().get("GPU", [])]
+        address = ""
+        if self._memory:
+            address = CopyServer(self._memory, self._token).start(ray.util.get_node_ip_address())
+        return Introduction(devices=ids, memory_address=address)
+
+    async def copies(self) -> list[Held]:
+        """The files of checkpoints that are in memory here."""
+        return self._memory.listing() if self._memory else []
 
     async def news(self, seen: int) -> list[Report]:
         """The reports after the first `seen`; waits until there is one."""
@@ -119,11 +156,11 @@ class NodeAgent(Examiner):
             the folder where the worker keeps its beat, and answers for its stacks (orchestrator.train.beats, stacks).
         """
         found = self._group(group)
-        before = oom_kills()
+        self._sampling = self._sampling or asyncio.ensure_future(self._sample())
         try:
             handle = os.pidfd_open(pid)
         except ProcessLookupError:
-            self._tell(Report(kind="died", group=group, rank=rank))
+            self._tell("died", group, rank)
             return found.folder
         if not found.pids:
             found.folder = tempfile.mkdtemp(prefix="terrane-group-")
@@ -137,17 +174,15 @@ class NodeAgent(Examiner):
             if not found.pids:
                 shutil.rmtree(found.folder, ignore_errors=True)
             if rank not in found.settled:
-                kills, share = oom_kills() - before, memory_share()
-                self._tell(
-                    Report(kind="died", group=group, rank=rank, oom_kills=kills, node_memory_share=share),
-                )
+                kills, share = self._pressure_before()
+                self._tell("died", group, rank, oom_kills=kills, node_memory_share=share)
 
         asyncio.get_running_loop().add_reader(handle, ended)
         return found.folder
 
     async def arrive(self, group: str, rank: int) -> dict[str, Any] | None:
         """Wait for the job. None: there is none, go home."""
-        self._tell(Report(kind="arrived", group=group, rank=rank))
+        self._tell("arrived", group, rank)
         found = self._group(group)
         await found.go.wait()
         if found.job is None:
@@ -156,18 +191,44 @@ class NodeAgent(Examiner):
 
     async def failed(self, group: str, rank: int, error: BaseException) -> None:
         self._group(group).settled.add(rank)
-        self._tell(Report(kind="failed", group=group, rank=rank, error=error))
+        self._tell("failed", group, rank, error=error)
 
     async def finished(self, group: str, rank: int) -> None:
         self._group(group).settled.add(rank)
-        self._tell(Report(kind="finished", group=group, rank=rank))
+        self._tell("finished", group, rank)
+
+    async def slow(self, group: str, rank: int, ratios: dict[int, float]) -> None:
+        """What a rank has found of all of them."""
+        self._tell("slow", group, rank, slow=ratios)
 
     def _group(self, name: str) -> _Group:
         return self._groups.setdefault(name, _Group())
 
-    def _tell(self, report: Report) -> None:
-        self._reports.append(report)
+    def _tell(self, kind: Kind, group: str, rank: int, **facts: Any) -> None:
+        self._reports.append(Report(kind=kind, group=group, rank=rank, time=time.time(), **facts))
         self._news.set()
+
+    async def _sample(self) -> None:
+        while True:
+            await asyncio.sleep(SAMPLE_S)
+            self._pressure.append(Pressure.now())
+
+    def _pressure_before(self) -> tuple[int, float]:
+        """By how much the count of kills has grown of late, and how much of the memory was in use."""
+        samples = [*self._pressure, Pressure.now()]
+        return samples[-1].oom_kills - samples[0].oom_kills, max(sample.share for sample in samples)
+
+
+@dataclass(frozen=True)
+class Pressure:
+    """On the memory of the machine."""
+
+    oom_kills: int
+    share: float
+
+    @staticmethod
+    def now() -> Pressure:
+        return Pressure(oom_kills(), memory_share())
 
 
 def oom_kills() -> int:
@@ -183,11 +244,20 @@ def oom_kills() -> int:
 
 def memory_share() -> float:
     """Of the machine's memory that is in use."""
+    values = _memory_info()
+    return 1 - values["MemAvailable"] / values["MemTotal"] if values else 0.0
+
+
+def memory_bytes() -> int:
+    """Of the machine."""
+    return _memory_info().get("MemTotal", 0) * 1024
+
+
+def _memory_info() -> dict[str, int]:
+    """KiB by name; nothing where the kernel does not tell."""
     values = {}
     with contextlib.suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             name, _, rest = line.partition(":")
             values[name] = int(rest.split()[0])
-    if not values.get("MemTotal"):
-        return 0.0
-    return 1 - values["MemAvailable"] / values["MemTotal"]
+    return values

@@ -52,13 +52,13 @@ def resume_point(run: RunDir, in_memory: Mapping[str, int] | None = None) -> Com
     return checkpoints.newest(run.checkpoints, lambda step, what: _tell_damage(run, step, what), in_memory)
 
 
-def begin_attempt(run: RunDir, attempt: int) -> Commit | None:
+def begin_attempt(run: RunDir, attempt: int, in_memory: Mapping[str, int] | None = None) -> Commit | None:
     """From here on this attempt may commit, and none before it; returns what it goes on from.
 
     To be called with the number that `RunDir.claim_attempt` gave, and only then looking for the checkpoint: what an
     attempt before it commits later does not count.
     """
-    return checkpoints.begin(run.checkpoints, attempt, lambda step, what: _tell_damage(run, step, what))
+    return checkpoints.begin(run.checkpoints, attempt, lambda step, what: _tell_damage(run, step, what), in_memory)
 
 
 def set_aside_damaged(run: RunDir, step: int, what: str) -> None:

@@ -149,6 +149,10 @@ class RunDir:
     def attempt_logs(self, number: int) -> str:
         return storage.join(self.attempt(number), "logs")
 
+    def stacks(self, number: int, rank: int) -> str:
+        """What a rank of an attempt was doing when it hung."""
+        return storage.join(self.attempt_logs(number), f"stacks-rank-{rank}.txt")
+
     def metrics(self, number: int) -> str:
         return self.path("metrics", f"attempt-{number:03d}.jsonl")
 

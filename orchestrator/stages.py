@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
 from orchestrator import cluster, drivers, notify, resume, rollback, storage, supervisor
@@ -21,7 +21,7 @@ from orchestrator.data.manifest import Manifest, load_manifest
 from orchestrator.data.sources import SourceFile, list_sources
 from orchestrator.data.tokenizer import check_directory, given_tokenizer, planned_vocabulary
 from orchestrator.drivers import Driver
-from orchestrator.errors import CheckpointDamaged, Interrupted, RunFailed, UserError
+from orchestrator.errors import CapacityError, CheckpointDamaged, Interrupted, RunFailed, UserError
 from orchestrator.hub import model_directory, pinned
 from orchestrator.model_files import check_model
 from orchestrator.planning.layout import layout_of
@@ -153,7 +153,8 @@ class _Session:
             log.info("ray: %s", f"connecting to {self._address}" if self._address else "starting on this machine")
             self._stack.enter_context(cluster.connection(self._address))
             self._connected = True
-            make_plan(self.run, self.recipe)
+            with suppress(CapacityError) if self._address else nullcontext():  # a cluster that is joined may grow
+                make_plan(self.run, self.recipe)
 
     @property
     def own_cluster(self) -> bool:

@@ -35,7 +35,9 @@ class Standby:
         self._not_before = 0.0
 
     def prepare(self, plan: Plan) -> None:
-        """See that a group for a plan stands ready, or will."""
+        """See that a group for a plan stands ready, or will, if the recipe wants one."""
+        if not self._recipe.train.standby:
+            return
         if self._group and self._group.fits(plan):
             return
         if self._group and self._group.broken:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
 from orchestrator import failures, nodes, rollback, storage
-from orchestrator.attempt import Attempt, OnStep
+from orchestrator.attempt import Attempt, Command, OnStep
 from orchestrator.capacity import Capacity
 from orchestrator.config import Recipe
 from orchestrator.data.manifest import Manifest, load_manifest
@@ -38,6 +39,8 @@ from orchestrator.runs import RunDir
 from orchestrator.standby import Standby
 from orchestrator.train import checkpoints
 from orchestrator.train.checkpoints import Commit
+from orchestrator.train.fragment_memory import Held
+from orchestrator.train.memory_copies import Places, found, sizes
 
 log = logging.getLogger(__name__)
 
@@ -59,10 +62,16 @@ def supervise(run: RunDir, recipe: Recipe, driver: Driver, on_step: OnStep, own_
     storage.delete(run.stop_request)
     manifest = _checked_manifest(run, recipe)
     endings: list[Ending] = []
-    with Lease() as lease, closing(Standby(run, recipe, manifest.vocab_size, lease)) as standby:
+    with (
+        Lease(recipe.train.memory_copies) as lease,
+        closing(Standby(run, recipe, manifest.vocab_size, lease)) as standby,
+    ):
         capacity = Capacity(run, recipe, lease, own_cluster)
+        command = Command(
+            run=run, recipe=recipe, driver=driver, lease=lease, capacity=capacity, standby=standby, on_step=on_step
+        )
         while True:
-            resume = resume_point(run)
+            resume = resume_point(run, sizes(lease.copies()))
             if resume and resume.step >= recipe.train.steps:
                 return resume
             schedule = data_schedule(run, recipe, manifest)
@@ -73,22 +82,13 @@ def supervise(run: RunDir, recipe: Recipe, driver: Driver, on_step: OnStep, own_
                 continue
             number = run.claim_attempt(_as_json(chosen))
             driver.check()
-            resume = begin_attempt(run, number)
+            copies = lease.copies()
+            resume = begin_attempt(run, number, sizes(copies))
             if resume and resume.step >= recipe.train.steps:
                 return resume
             _record(run, recipe, number, chosen, schedule, resume, ready)
-            group.go(_job(run, recipe, chosen, number, schedule, resume, lease))
-            attempt = Attempt(
-                run,
-                number,
-                chosen,
-                group,
-                lease,
-                capacity,
-                standby if recipe.train.standby else None,
-                recipe.train.steps,
-                on_step,
-            )
+            group.go(_job(command, chosen, number, schedule, resume, copies))
+            attempt = Attempt(command, number, chosen, group)
             evidence = attempt.follow()
             driver.check()
             ending = _ending(run, recipe, number, chosen, resume, attempt.last_step, evidence)
@@ -123,18 +123,28 @@ def _record(
 
 
 def _job(
-    run: RunDir, recipe: Recipe, chosen: Plan, number: int, schedule: Schedule, resume: Commit | None, lease: Lease
+    command: Command,
+    chosen: Plan,
+    number: int,
+    schedule: Schedule,
+    resume: Commit | None,
+    copies: Mapping[str, list[Held]],
 ) -> dict[str, Any]:
     from orchestrator.train.worker import Job
 
+    lease = command.lease
+    places = Places(
+        token=lease.token, ring=lease.memories(chosen.node_ids), found=found(copies, resume) if resume else {}
+    )
     job = Job(
-        run=run.uri,
-        recipe=recipe.model_dump(mode="json"),
+        run=command.run.uri,
+        recipe=command.recipe.model_dump(mode="json"),
         plan=_as_json(chosen),
         attempt=number,
         schedule=schedule.as_json(),
         resume=asdict(resume) if resume else None,
         devices=lease.device_ids,
+        copies=places.as_json() if lease.token else None,
     )
     return asdict(job)
 

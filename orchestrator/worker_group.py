@@ -7,6 +7,7 @@ know each other. It holds host memory (about 0.4 GB a worker, 0.7 GB for Ray Tra
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -22,6 +23,7 @@ from orchestrator.node_agent import Report
 from orchestrator.planning.search import Plan
 from orchestrator.preflight import preflight
 from orchestrator.runs import RunDir
+from orchestrator.train.beats import Sign
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +33,18 @@ CAUSE_S = 0.3
 """How long after the first sign of an attempt's end others are waited for: a cause may come after its consequence."""
 
 
+SLOW_TIMES = 3
+"""Windows in a row in which a rank must be found slow: the load of a neighbour passes."""
+
+
 class Examination(threading.Thread):
     """Preflight of those nodes of a plan that are new to the run, beside the start of the workers there."""
 
     def __init__(self, run: RunDir, recipe: Recipe, plan: Plan, lease: Lease) -> None:
         super().__init__(name="preflight", daemon=True)
-        agents = {node: agent for node, agent in lease.agents.items() if node in plan.node_ids}
+        fresh = set(plan.node_ids) - lease.examined  # the others train, or have done so
+        lease.examined |= fresh
+        agents = {node: agent for node, agent in lease.agents.items() if node in fresh}
         self._arguments = (run, recipe, plan, agents, lease.device_ids, cluster.hosts())
         self._bad = False
         self._error: Exception | None = None
@@ -83,6 +91,11 @@ class WorkerGroup:
         self.finished: set[int] = set()
         self.errors: dict[int, BaseException] = {}
         self.deaths: dict[int, Report] = {}
+        self.slow: dict[int, float] = {}
+        """By how many times ranks are slower than their peers, of those that are so for long."""
+        self.failed_at: float | None = None
+        """When the first worker failed or died, in unix seconds."""
+        self._slow_for: dict[int, int] = {}
         self._ending_since: float | None = None
         self._fit = _Fit(
             _trainer(run, recipe, vocab_size, plan, self.name, lease.agents), storage.join(run.ray_train, self.name)
@@ -92,16 +105,24 @@ class WorkerGroup:
     def take(self, reports: Iterable[Report]) -> None:
         """Take note of those about this group."""
         for report in reports:
-            if report.group != self.name:
-                continue
-            if report.kind == "arrived":
+            if report.group == self.name:
+                self._take(report)
+
+    def _take(self, report: Report) -> None:
+        match report.kind:
+            case "arrived":
                 self.arrived.add(report.rank)
-            elif report.kind == "finished":
+            case "finished":
                 self.finished.add(report.rank)
-            elif report.kind == "failed" and report.error is not None:
+            case "slow":
+                self._slow_for = {rank: self._slow_for.get(rank, 0) + 1 for rank in report.slow}
+                self.slow = {rank: report.slow[rank] for rank, times in self._slow_for.items() if times >= SLOW_TIMES}
+            case "failed" if report.error is not None:
                 self.errors[report.rank] = report.error
-            elif report.kind == "died":
+            case "died":
                 self.deaths[report.rank] = report
+        if report.kind in ("failed", "died"):
+            self.failed_at = min(self.failed_at or math.inf, report.time)
 
     @property
     def ready(self) -> bool:
@@ -144,6 +165,18 @@ class WorkerGroup:
     def end(self, timeout_s: float = 10.0) -> None:
         """End what is left of its processes. Ray Train notices by itself."""
         self._lease.end(self._nodes, self.name, timeout_s)
+
+    def signs(self) -> dict[int, Sign | None]:
+        """What every rank last said of itself."""
+        return self._lease.signs(self._nodes, self.name)
+
+    def stopped(self) -> list[int]:
+        """Ranks whose process is stopped."""
+        return [rank for rank, state in self._lease.states(self._nodes, self.name).items() if state == "T"]
+
+    def stacks(self) -> dict[int, str]:
+        """What the ranks are doing, thread by thread."""
+        return self._lease.stacks(self._nodes, self.name)
 
     def dismiss(self) -> None:
         """Send workers home that wait for a job."""

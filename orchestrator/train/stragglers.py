@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,25 +50,22 @@ class Detector:
         self._peers = peers(plan)
         self._threshold = threshold
         self._steps: list[tuple[float, ...]] = []
-        self._known: set[int] = set()
 
-    def judge(self, forward_s: tuple[float, ...]) -> list[Straggler]:
-        """Those that are found with this step; each once, and again only after it was none.
+    def judge(self, forward_s: tuple[float, ...]) -> list[Straggler] | None:
+        """Those that there are, with the last step of a window; None with the steps in between.
 
         Args:
             forward_s: of the engine's StepResult.
         """
         compared = [rank for group in self._peers for rank in group]
         if not compared or not np.isfinite([forward_s[rank] for rank in compared]).all():
-            return []
+            return None
         self._steps.append(forward_s)
         if len(self._steps) < WINDOWS * WINDOW:
-            return []
+            return None
         found = self._found(np.array(self._steps))
-        new = [straggler for straggler in found if straggler.rank not in self._known]
-        self._known = {straggler.rank for straggler in found}
         self._steps = self._steps[WINDOW:]
-        return new
+        return found
 
     def _found(self, seconds: np.ndarray) -> list[Straggler]:
         stragglers = []
@@ -84,26 +82,47 @@ class Stragglers:
     Args:
         threshold: train.straggler_ratio; None: nobody is looked for.
         nodes: of every rank, where it runs (orchestrator.train.integrity.Node).
+        tell: called after every window in which there are stragglers, and the first in which there are none any more,
+            with their ratios by rank.
     """
 
     def __init__(
-        self, run: RunDir, attempt: int, plan: Plan, threshold: float | None, nodes: list[Any], rank: int
+        self,
+        run: RunDir,
+        attempt: int,
+        plan: Plan,
+        threshold: float | None,
+        nodes: list[Any],
+        rank: int,
+        tell: Callable[[dict[int, float]], object],
     ) -> None:
         self._run = run
         self._attempt = attempt
         self._nodes = nodes
         self._detector = Detector(plan, threshold) if threshold and rank == 0 else None
+        self._known: dict[int, float] = {}
+        self._report = tell
 
     def follow(self, step: int, result: Any) -> None:
         """Judge a step, by the engine's StepResult, and tell of those that are found."""
-        for found in self._detector.judge(result.forward_s) if self._detector else ():
-            node, ratio = self._nodes[found.rank], round(found.ratio, 2)
-            self._run.log_event(
-                "straggler", attempt=self._attempt, rank=found.rank, node_id=node.id, host=node.host, ratio=ratio
-            )
-            log.warning(
-                "step %d: rank %d on %s is a straggler: %.2f times slower than its peers", step, found.rank, node, ratio
-            )
+        found = self._detector.judge(result.forward_s) if self._detector else None
+        if found is None:
+            return
+        for straggler in found:
+            if straggler.rank not in self._known:
+                self._log(step, straggler)
+        before, self._known = self._known, {straggler.rank: straggler.ratio for straggler in found}
+        if before or self._known:
+            self._report(self._known)
+
+    def _log(self, step: int, found: Straggler) -> None:
+        node, ratio = self._nodes[found.rank], round(found.ratio, 2)
+        self._run.log_event(
+            "straggler", attempt=self._attempt, rank=found.rank, node_id=node.id, host=node.host, ratio=ratio
+        )
+        log.warning(
+            "step %d: rank %d on %s is a straggler: %.2f times slower than its peers", step, found.rank, node, ratio
+        )
 
 
 def peers(plan: Plan) -> list[list[int]]:

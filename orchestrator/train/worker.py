@@ -96,7 +96,7 @@ def train_worker(values: dict[str, Any]) -> None:
             run = RunDir(job.run)
             with _log_file(run, job.attempt, rank):
                 _take_device(job)
-                _train(job, Recipe.model_validate(job.recipe), Plan(**job.plan), run, rank, began, beat)
+                _train(job, Recipe.model_validate(job.recipe), Plan(**job.plan), run, rank, began, beat, agent)
 
 
 def _signs(folder: str, rank: int) -> Beat:
@@ -148,6 +148,10 @@ class _Agent:
             raise
         self._call("finished")
 
+    def tell_slow(self, ratios: dict[int, float]) -> None:
+        """Which ranks hold up the others, by how much; returns at once."""
+        self._agent.slow.remote(*self._who, ratios)
+
     def _call(self, method: str, *args: Any) -> Any:
         import ray
 
@@ -163,7 +167,9 @@ def portable(error: BaseException) -> BaseException:
     return error
 
 
-def _train(job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int, began: float, beat: Beat) -> None:
+def _train(
+    job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int, began: float, beat: Beat, agent: _Agent
+) -> None:
     from orchestrator.data.stream import stream
     from orchestrator.train.integrity import Integrity, Node
     from orchestrator.train.profiling import Profiler, labelled
@@ -190,7 +196,7 @@ def _train(job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int, began: 
     watch = _watch(job, recipe, plan, manifest, schedule, role)
     held_out = HeldOut(run.corpus, recipe, manifest, role) if config.evaluate_every else None
     integrity = Integrity(engine, config.sequence_length, Node(socket.gethostname(), _ray_node()))
-    stragglers = Stragglers(run, job.attempt, plan, config.straggler_ratio, integrity.nodes, rank)
+    stragglers = Stragglers(run, job.attempt, plan, config.straggler_ratio, integrity.nodes, rank, agent.tell_slow)
     profiler = Profiler(run.profile(job.attempt, rank), config.profile)
     stop = StopRequest(run, rank)
     clock = _save_clock(run, recipe, rank, saver)

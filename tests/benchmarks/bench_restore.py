@@ -109,7 +109,11 @@ class Saves:
         self.commits: list[Commit] = []
         self._savers = {
             way: Saver(
-                str(folder / way), 1, Retention(last=1), lambda commit, timing: self.commits.append(commit), copies
+                str(folder / way),
+                1,
+                Retention(last=1),
+                lambda commit, timing: self.commits.append(commit),
+                copies=copies,
             )
             for way, copies in {"without copies": None, "with copies": nodes.copies()}.items()
         }

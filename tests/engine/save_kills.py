@@ -68,7 +68,7 @@ def position(step: int) -> Position:
 
 
 def saver(uri: str, attempt: int, keep: int = 1, copies: Copies | None = None) -> Saver:
-    return Saver(uri, attempt, Retention(last=keep), lambda commit, timing: None, copies)
+    return Saver(uri, attempt, Retention(last=keep), lambda commit, timing: None, copies=copies)
 
 
 def loaded(uri: str, commit: Commit, copies: Copies | None = None, rank: int = 0, world: int = 1) -> bool:

@@ -117,7 +117,9 @@ class Attempt:
         signs = self._group.signs()
         if len(signs) < self._plan.workers:
             return  # not all have started, or a node gives no answer
-        found = hang(signs, durations(self._follower.recent), self._command.recipe.train.hang_after_s, self._stopped())
+        found = hang(
+            signs, durations(list(self._follower.recent)), self._command.recipe.train.hang_after_s, self._stopped()
+        )
         if found is None:
             return
         self._hang = found

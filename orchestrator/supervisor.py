@@ -63,7 +63,7 @@ def supervise(run: RunDir, recipe: Recipe, driver: Driver, on_step: OnStep, own_
     manifest = _checked_manifest(run, recipe)
     endings: list[Ending] = []
     with (
-        Lease(recipe.train.memory_copies) as lease,
+        Lease(_wants_copies(run, recipe)) as lease,
         closing(Standby(run, recipe, manifest.vocab_size, lease)) as standby,
     ):
         capacity = Capacity(run, recipe, lease, own_cluster)
@@ -107,6 +107,11 @@ def _checked_manifest(run: RunDir, recipe: Recipe) -> Manifest:
     take_back(run, manifest)
     check_lost_shards(run, recipe)
     return manifest
+
+
+def _wants_copies(run: RunDir, recipe: Recipe) -> bool:
+    wanted = recipe.train.memory_copies
+    return storage.is_s3(run.uri) if wanted is None else wanted
 
 
 def _record(

@@ -128,11 +128,11 @@ class TrainConfig(Section):
     """Steps. Checkpoints of its multiples are kept for good."""
     keep_best: bool = False
     """Keep the checkpoint of the least held-out loss, too."""
-    memory_copies: bool = True
-    """Keep the newest checkpoint in the memory of nodes, too, so that a restart need not wait for storage: every node
-    holds what its own workers wrote, and those of one other node. That is 24 bytes a parameter over all nodes (12 with
-    one node), and up to twice as much during a save; a quarter of a node's memory is the most. What does not fit in is
-    on storage only."""
+    memory_copies: bool | None = None
+    """Keep the newest checkpoint in the memory of nodes, too, and read it there after a failure: every node holds what
+    its own workers wrote, and those of one other node. That is 24 bytes a parameter over all nodes (12 with one node),
+    and up to twice as much during a save; a quarter of a node's memory is the most. What does not fit in is on storage
+    only. null: where the storage is S3; a local disk is as fast."""
     evaluate_every: Count | None = None
     """Steps. The loss on the held-out split is taken then and at the last step (`evaluation.held_out_sequences`)."""
     workers: Workers = Workers()

@@ -12,14 +12,15 @@ import sysconfig
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from orchestrator.config_section import Section
 from orchestrator.corpus_config import CorpusConfig
 from orchestrator.errors import UserError
+from orchestrator.fault_config import FAULTS, Fault
 from orchestrator.model_config import ModelConfig, TokenizerConfig
 from orchestrator.notify_config import NotifyConfig
-from orchestrator.recipe_file import Document, Place, parse, read
+from orchestrator.recipe_file import Document, parse, read
 from orchestrator.train_config import TrainConfig
 
 
@@ -44,14 +45,6 @@ class ServingConfig(Section):
         return self
 
 
-class Fault(Section):
-    """A failure to inject once, to see the run survive it."""
-
-    kind: Literal["kill_rank"]
-    rank: int = Field(ge=0)
-    step: int = Field(ge=1)
-
-
 class Recipe(Section):
     format: Literal[1] = 1
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
@@ -66,6 +59,20 @@ class Recipe(Section):
     serving: ServingConfig = ServingConfig()
     notify: NotifyConfig = NotifyConfig()
     faults: tuple[Fault, ...] = ()
+    """Failures to inject, each once."""
+
+    @field_validator("faults")
+    @classmethod
+    def strike_once_and_in_the_run(cls, faults: tuple[Fault, ...], before: ValidationInfo) -> tuple[Fault, ...]:
+        steps = before.data["train"].steps if "train" in before.data else None
+        names: set[str] = set()
+        for fault in faults:
+            if steps is not None and fault.step > steps:
+                raise ValueError(f"{fault} at step {fault.step}: the run has {steps} steps")
+            if fault.name in names:
+                raise ValueError(f"{fault} at step {fault.step} stands twice, and would strike once")
+            names.add(fault.name)
+        return faults
 
     def digest_of(self, *sections: str) -> str:
         """Hash of the named values (`corpus`, `train.sequence_length`): what a stage's result depends on."""
@@ -192,15 +199,18 @@ def _explain(document: Document, error: ValidationError) -> UserError:
     for item in error.errors():
         if item["type"] == "too_short" and any(loc[: len(item["loc"])] == item["loc"] != loc for loc in places):
             continue  # its entries are there, and wrong
-        location = tuple(str(part) for part in item["loc"])
+        location = tuple(str(part) for part in item["loc"] if part not in FAULTS)  # pydantic puts the kind in the path
+        if item["type"].startswith("union_tag"):
+            location = (*location, "kind")
         dotted = ".".join(location)
         if item["type"] == "extra_forbidden":
-            known = _fields_at(location[:-1])
-            close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-            hint = hint or (f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}")
+            hint = hint or _nearest(location[-1], _fields_at(item["loc"][:-1]))
             message = f"{document.place_of(location)} {dotted} is not a key of a recipe"
-        elif item["type"] == "missing":
+        elif item["type"] in ("missing", "union_tag_not_found"):
             message = f"{document.place_of(location)} {dotted} is missing"
+        elif item["type"] == "union_tag_invalid":
+            hint = hint or _nearest(str(item["ctx"]["tag"]), list(FAULTS))
+            message = f"{document.place_of(location)} {dotted}={json.dumps(item['ctx']['tag'])} is no kind of fault"
         else:
             text = _PLAIN.get(item["type"], item["msg"].removeprefix("Value error, "))
             text = text[0].lower() + text[1:]
@@ -210,15 +220,19 @@ def _explain(document: Document, error: ValidationError) -> UserError:
     return UserError("\n       ".join(messages), hint)
 
 
-def _fields_at(location: Place) -> list[str]:
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+
+
+def _fields_at(location: tuple[str | int, ...]) -> list[str]:
     """Names of the fields of the section at a place in a recipe."""
-    section: Any = Recipe
+    section: type[BaseModel] | None = Recipe
     for part in location:
-        if part.isdigit():
-            continue
-        annotation = section.model_fields[part].annotation
-        candidates = [annotation, *get_args(annotation)]
-        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-        if section is None:
-            return []
-    return list(section.model_fields)
+        if part in FAULTS:
+            section = FAULTS[str(part)]
+        elif section and isinstance(part, str) and part in section.model_fields:
+            annotation = section.model_fields[part].annotation
+            candidates = [annotation, *get_args(annotation)]
+            section = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+    return list(section.model_fields) if section else []

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator import storage
-from orchestrator.config import Fault, Recipe, changed_values
+from orchestrator.config import Recipe, changed_values
 from orchestrator.errors import RunFailed, StorageError, UserError
+from orchestrator.fault_config import BaseFault
 
 STARTED_OVER = "started-over.json"
 """In the directory of the checkpoints, so that who commits and who reads look at the same place."""
@@ -271,10 +272,9 @@ class RunDir:
                 curve |= {line["step"]: line for line in lines if line["attempt"] == attempt}
         return curve
 
-    def claim_fault(self, fault: Fault) -> bool:
+    def claim_fault(self, fault: BaseFault) -> bool:
         """True once for each of `faults`: an injected failure does not come back after the restart."""
-        name = f"{fault.kind}-rank-{fault.rank}-step-{fault.step}.json"
-        return storage.create(self.path("faults", name), _dump({"by": holder()}))
+        return storage.create(self.path("faults", f"{fault.name}.json"), _dump({"by": holder()}))
 
 
 def open_run(

@@ -71,8 +71,7 @@ def run_recipe(
         open_run(recipe, source, start_over, _begin_anew if start_over else _go_on)
         log.info("run %s; look inside with: terrane status %s", run.uri, run.uri)
         for fault in recipe.faults:
-            what = f"{fault.kind}, rank {fault.rank} at step {fault.step}"
-            log.info("this recipe injects a failure on purpose: %s", what)
+            log.info("this recipe injects a failure on purpose: %s, at step %d", fault, fault.step)
         made: list[str] = []
         for name in stages:
             driver.check()

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import pickle
-import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from orchestrator.runs import RunDir
 from orchestrator.train import beats, stacks
 from orchestrator.train.beats import Beat
 from orchestrator.train.checkpoints import Commit, Position, Retention
+from orchestrator.train.faults import Faults
 from orchestrator.train.learning_rate import learning_rate
 from orchestrator.train.memory_copies import Copies
 from orchestrator.train.sample_losses import SampleLosses
@@ -199,10 +199,16 @@ def _train(
     stragglers = Stragglers(run, job.attempt, plan, config.straggler_ratio, integrity.nodes, rank, agent.tell_slow)
     profiler = Profiler(run.profile(job.attempt, rank), config.profile)
     stop = StopRequest(run, rank)
+    faults = Faults(run, recipe.faults, rank, plan.workers, accelerators.ACCELERATORS[plan.accelerator].torch_device)
     clock = _save_clock(run, recipe, rank, saver)
     updates = resume.position.updates if resume else 0
     asked = Request.NOTHING
-    with contextlib.closing(recorder), contextlib.closing(saver), contextlib.closing(profiler):
+    with (
+        contextlib.closing(recorder),
+        contextlib.closing(saver),
+        contextlib.closing(profiler),
+        contextlib.closing(faults),
+    ):
         for share in recorder.timed(profiler.over(beat.over(shares, first), first)):
             step, held_out_loss, asked = share.step, None, Request.NOTHING
             if share.targets:
@@ -222,7 +228,7 @@ def _train(
             else:
                 log.info("step %d: passed over", step)
             saver.poll()
-            _inject_faults(recipe, run, rank, step, saver)
+            faults.strike(step, saver.close)
             if step == config.steps and not updates:
                 raise UserError("no step had anything to learn from: all of it is skipped, quarantined or lost")
             saving = config.saves_at(step) or asked >= Request.SAVE
@@ -329,15 +335,6 @@ def _saver(run: RunDir, recipe: Recipe, attempt: int, recorder: Recorder, copies
         lambda: quota.free_bytes(run.uri, train.storage_quota_gib),
         copies,
     )
-
-
-def _inject_faults(recipe: Recipe, run: RunDir, rank: int, step: int, saver: Any) -> None:
-    for fault in recipe.faults:
-        if fault.rank == rank and fault.step == step and run.claim_fault(fault):
-            saver.close()  # so that a recipe always goes on from the same step
-            run.log_event("fault_injected", kind=fault.kind, rank=rank, step=step)
-            log.warning("step %d: %s of the recipe's faults: this rank ends", step, fault.kind)
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _ray_rank() -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.fault_config import BaseFault
+
+Facts = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,39 +24,34 @@ class Row:
     """From the fault to the end of the next new step: one that no attempt had done. None where none followed."""
 
 
-def score(
-    faults: Sequence[BaseFault], events: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]]
-) -> list[Row]:
-    """A row for each fault of a recipe, in the order of their steps."""
-    return [_row(fault, events, metrics) for fault in sorted(faults, key=lambda fault: fault.step)]
+def score(faults: Sequence[BaseFault], events: Facts, metrics: Facts) -> list[Row]:
+    """A row for each fault of a recipe, in the order of their steps.
+
+    What happens between a fault and the next one counts as its consequence.
+    """
+    struck = sorted((e["time"], e["name"]) for e in events if e["event"] == "fault_injected" and "name" in e)
+    ends = [*(at for at, _ in struck[1:]), math.inf]
+    windows = {name: (at, end) for (at, name), end in zip(struck, ends, strict=False)}
+    return [_row(fault, windows.get(fault.name), events, metrics) for fault in sorted(faults, key=lambda f: f.step)]
 
 
-def _row(fault: BaseFault, events: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]]) -> Row:
-    at = next((event["time"] for event in events if _is(event, fault)), None)
-    if at is None:
-        return Row(fault=str(fault), step=fault.step, struck=False, outcome="did not strike", recovery_s=None)
-    recovered = _next_new_step(at, metrics)
-    ended = [
-        event["outcome"]
-        for event in events
-        if event["event"] == "attempt_ended"
-        and at <= event["time"]
-        and (recovered is None or event["time"] <= recovered)
-    ]
-    return Row(
-        fault=str(fault),
-        step=fault.step,
-        struck=True,
-        outcome=ended[0] if ended else "went on",
-        recovery_s=None if recovered is None else recovered - at,
-    )
+def _row(fault: BaseFault, window: tuple[float, float] | None, events: Facts, metrics: Facts) -> Row:
+    outcome, recovery_s = _consequence(*window, events, metrics) if window else ("did not strike", None)
+    return Row(fault=str(fault), step=fault.step, struck=window is not None, outcome=outcome, recovery_s=recovery_s)
 
 
-def _is(event: Mapping[str, Any], fault: BaseFault) -> bool:
-    return event["event"] == "fault_injected" and event.get("name") == fault.name
+def _consequence(at: float, until: float, events: Facts, metrics: Facts) -> tuple[str, float | None]:
+    """The outcome and the recovery of the fault that struck at a time and was alone until another."""
+    within = [event for event in events if at <= event["time"] < until]
+    started = [event["time"] for event in within if event["event"] == "attempt_started"]
+    ended = [event["outcome"] for event in within if event["event"] == "attempt_ended"]
+    interrupted = started or (ended and ended[0] != "finished")
+    outcome = "went on" if not interrupted else ended[0] if ended else "driver lost"
+    new = _next_new_step(started[0] if started else at, metrics) if started or not interrupted else None
+    return outcome, None if new is None else new - at
 
 
-def _next_new_step(at: float, metrics: Sequence[Mapping[str, Any]]) -> float | None:
+def _next_new_step(at: float, metrics: Facts) -> float | None:
     """When the first step ended, after a time, that had not been done before it."""
     steps = [line for line in metrics if line.get("step") is not None]
     done = max((line["step"] for line in steps if line["time"] <= at), default=0)

@@ -129,14 +129,14 @@ class LocalCluster:
 
     # --- what is asked of it ------------------------------------------------------------------------------------------
 
-    def popen(self, command: Sequence[str], out: IO[str] | None = None) -> subprocess.Popen[str]:
-        """Start a command on the head, as a driver is."""
+    def popen(self, command: Sequence[str], out: IO[str] | int | None = None, node: int = 0) -> subprocess.Popen[str]:
+        """Start a command on a node: on the head, as a driver is, unless told otherwise."""
         return subprocess.Popen(
-            self._hosts[0].command(command),
-            env=self._variables(0),
+            self._hosts[node].command(command),
+            env=self._variables(node),
             stdin=subprocess.DEVNULL,
             stdout=out,
-            stderr=out,
+            stderr=subprocess.STDOUT if out is not None else None,
             text=True,
             start_new_session=True,
         )

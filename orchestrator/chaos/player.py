@@ -31,6 +31,7 @@ from orchestrator.fault_config import (
     FillDisk,
     KillDriver,
     KillNode,
+    NodeFault,
     OutsideFault,
     RankFault,
     S3Errors,
@@ -69,7 +70,10 @@ class Player:
         self._disk = disk
         self._proxy = proxy
         self._out = out
-        self._due: list[OutsideFault] = [fault for fault in faults if not isinstance(fault, RankFault)]
+        outside = (fault for fault in faults if not isinstance(fault, RankFault))
+        self._due: list[OutsideFault] = sorted(outside, key=lambda fault: fault.step)
+        self._struck_at = 0
+        self._hurt: set[int] = set()
         self._later: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
         self._driver: subprocess.Popen[str] | None = None
@@ -140,28 +144,48 @@ class Player:
     # --- the faults ---------------------------------------------------------------------------------------------------
 
     def _strike_due(self) -> None:
-        step = last_step(self._run) if self._due else 0
-        for fault in [fault for fault in self._due if fault.step <= step]:
-            self._due.remove(fault)
-            if self._run.claim_fault(fault):
-                facts: dict[str, Any] = {"kind": fault.kind, "name": fault.name, "step": fault.step, **fault.target}
-                self._run.log_event("fault_injected", **facts)
-                log.warning("chaos: step %d: %s", step, fault)
-                self._act(fault)
+        """The next fault, once its step is done, and one more than when the last one struck: none falls on a run that
+        stands still."""
+        if not self._due:
+            return
+        fault, step = self._due[0], last_step(self._run)
+        if step < fault.step or step == self._struck_at or not self._can_strike(fault):
+            return
+        self._due.remove(fault)
+        self._struck_at = step
+        if self._run.claim_fault(fault):
+            facts: dict[str, Any] = {"kind": fault.kind, "name": fault.name, "step": step, **fault.target}
+            self._run.log_event("fault_injected", **facts)
+            log.warning("chaos: step %d: %s", step, fault)
+            self._act(fault)
+
+    def _can_strike(self, fault: OutsideFault) -> bool:
+        """A node that is down, or about to be, is struck when it is there again."""
+        return not isinstance(fault, NodeFault) or (
+            fault.node not in self._hurt and fault.node in self._cluster.alive()
+        )
+
+    def _heal(self, seconds: float, node: int, call: Callable[[int], None]) -> None:
+        def heal() -> None:
+            self._hurt.discard(node)
+            call(node)
+
+        self._hurt.add(node)
+        self._after(seconds, heal)
 
     def _act(self, fault: OutsideFault) -> None:
         cluster = self._cluster
         match fault:
             case KillNode(node=node, seconds=seconds):
                 cluster.kill(node)
-                self._after(seconds, lambda: cluster.replace(node))
+                self._heal(seconds, node, cluster.replace)
             case CutLink(node=node, seconds=seconds):
                 cluster.cut_link(node)
-                self._after(seconds, lambda: cluster.mend_link(node))
+                self._heal(seconds, node, cluster.mend_link)
             case DrainNode(node=node, deadline_s=deadline_s, seconds=seconds):
                 cluster.drain(node, deadline_s)
                 self._after(deadline_s, lambda: cluster.kill(node))
-                self._after(deadline_s + seconds, lambda: cluster.replace(node))
+                self._heal(deadline_s + seconds, node, cluster.replace)
             case FillDisk(seconds=seconds) if self._disk:
                 self._disk.fill()
                 self._after(seconds, self._disk.empty)

@@ -47,11 +47,11 @@ def _consequence(at: float, until: float, events: Facts, metrics: Facts) -> tupl
     ended = [event["outcome"] for event in within if event["event"] == "attempt_ended"]
     interrupted = started or (ended and ended[0] != "finished")
     outcome = "went on" if not interrupted else ended[0] if ended else "driver lost"
-    new = _next_new_step(started[0] if started else at, metrics) if started or not interrupted else None
+    new = next_new_step(started[0] if started else at, metrics) if started or not interrupted else None
     return outcome, None if new is None else new - at
 
 
-def _next_new_step(at: float, metrics: Facts) -> float | None:
+def next_new_step(at: float, metrics: Facts) -> float | None:
     """When the first step ended, after a time, that had not been done before it."""
     steps = [line for line in metrics if line.get("step") is not None]
     done = max((line["step"] for line in steps if line["time"] <= at), default=0)

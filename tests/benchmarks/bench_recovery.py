@@ -1,0 +1,185 @@
+"""How long a run stands still after a fault, by kind of fault, and after the same kills in Ray Train's elastic mode.
+
+A model of 2.6 million parameters on two nodes of one CPU each, made of network namespaces where this process is root,
+with fast health checks for both. From the fault to the end of the next new step. BENCH_ROUNDS faults of each kind, one
+after the other over one run each. Writes results/recovery.json.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.chaos.hosts import network
+from orchestrator.chaos.local_cluster import LocalCluster, Size, local_cluster
+from orchestrator.chaos.player import Player, kill_tree, last_step
+from orchestrator.chaos.score import next_new_step
+from orchestrator.config import load_recipe
+from orchestrator.runs import RunDir
+from tests.benchmarks.measuring import save
+from tests.e2e.conftest import wait_for
+from tests.e2e.test_chaos import run_on, write_recipe
+
+ROUNDS = int(os.environ.get("BENCH_ROUNDS", "5"))
+APART = int(os.environ.get("BENCH_STEPS_APART", "80"))
+"""Steps between two faults: enough for the next attempt's workers to stand by again."""
+MODEL = "model={layers: 4, hidden_size: 192, heads: 4}"
+SIZES = ("train.sequence_length=128", "train.global_batch_size=16", "train.checkpoint_every=10")
+PEER = Path(__file__).with_name("elastic_train.py")
+CASES = {
+    "worker killed, standby": ("kill_rank, rank: 1", ()),
+    "worker killed, cold": ("kill_rank, rank: 1", ("train.standby=false",)),
+    "node lost": ("kill_node, node: 2, seconds: 5", ()),
+    "node drained": ("drain_node, node: 2, deadline_s: 30, seconds: 5", ()),
+}
+PHASES = ("detect", "decide", "start", "ready", "load", "step")
+"""Until the attempt has ended; the next one is sent off; its worker has the job; it builds its engine; its state is
+loaded; a new step is done."""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    with network() as made, local_cluster(Size(nodes=2, cpus=1), made) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recovery")
+    write_recipe(folder)
+    return folder / "r.yaml"
+
+
+@pytest.mark.timeout(7200)
+def test_recovery(cluster: LocalCluster, recipe: Path) -> None:
+    corpus = corpus_for(cluster, recipe)
+    found: dict[str, list[dict[str, float]]] = {}
+    for name, (fault, values) in CASES.items():
+        run = played(cluster, recipe, corpus, fault, values)
+        found[name] = recoveries(run)
+        if name == "node lost":
+            found["planned resize, a node came back"] = resizes(run)
+    for name, victim in (("Ray Train elastic, worker killed", "rank"), ("Ray Train elastic, node lost", "node")):
+        found[name] = [{"total": seconds} for seconds in peer(cluster, recipe.parent, victim)]
+    show(found)
+    save("recovery", {"rounds": ROUNDS, "steps_apart": APART, "seconds": found})
+    assert statistics.median(row["total"] for row in found["worker killed, standby"]) <= 3
+    assert statistics.median(row["total"] for row in found["worker killed, cold"]) <= 10
+    assert statistics.median(row["total"] for row in found["node lost"]) <= 12
+
+
+# --- Terrane ----------------------------------------------------------------------------------------------------------
+
+
+def command(cluster: LocalCluster, recipe: Path, stage: str, *values: str) -> list[str]:
+    begin = [sys.executable, "-m", "orchestrator", "run", str(recipe), f"storage={recipe.parent}", MODEL, *SIZES]
+    return [*begin, *values, "--address", cluster.address, "--stage", stage]
+
+
+def corpus_for(cluster: LocalCluster, recipe: Path) -> str:
+    run_on(cluster, command(cluster, recipe, "corpus", "name=corpus"))
+    return RunDir(str(recipe.parent / "corpus")).corpus
+
+
+def played(cluster: LocalCluster, recipe: Path, corpus: str, fault: str, values: Sequence[str]) -> RunDir:
+    run = RunDir(str(recipe.parent / f"run-{len(list(recipe.parent.glob('run-*')))}"))
+    shutil.copytree(corpus, run.corpus)
+    faults = ", ".join(f"{{kind: {fault}, step: {APART * (number + 1)}}}" for number in range(ROUNDS))
+    values = [*values, f"name={run.name}", f"train.steps={APART * (ROUNDS + 1)}", f"faults=[{faults}]"]
+    planned = load_recipe(recipe, [MODEL, *SIZES, *values])
+    with (recipe.parent / f"{run.name}.log").open("w") as out:
+        player = Player(run, planned.faults, cluster, command(cluster, recipe, "train", *values), out=out)
+        assert player.play() == 0, Path(out.name).read_text()[-4000:]
+    return run
+
+
+def recoveries(run: RunDir) -> list[dict[str, float]]:
+    """Of each fault: seconds in all, and by phase."""
+    struck = [event["time"] for event in run.events() if event["event"] == "fault_injected"]
+    return [phases(run, at, until) for at, until in itertools.pairwise([*struck, float("inf")])]
+
+
+def resizes(run: RunDir) -> list[dict[str, float]]:
+    """Of each attempt that made room for a better plan: seconds from its last step on."""
+    ended = [e for e in run.events() if e["event"] == "attempt_ended" and e["outcome"] == "yielded"]
+    lasts = [max(line["time"] for line in run.metric_lines(event["attempt"])) for event in ended]
+    return [phases(run, at, until) for at, until in itertools.pairwise([*lasts, float("inf")])]
+
+
+def phases(run: RunDir, at: float, until: float) -> dict[str, float]:
+    within = [event for event in run.events() if at <= event["time"] < until]
+
+    def first(name: str) -> dict[str, Any]:
+        return next(event for event in within if event["event"] == name)
+
+    worker, started = first("worker_started"), first("attempt_started")["time"]
+    step = next_new_step(started, run.metric_lines())
+    assert step is not None
+    times = [at, first("attempt_ended")["time"], started, *(worker[key] for key in ("began", "engine_began", "loaded"))]
+    split = [after - before for before, after in itertools.pairwise([*times, step])]
+    return {"total": step - at, **dict(zip(PHASES, split, strict=True))}
+
+
+# --- Ray Train's own --------------------------------------------------------------------------------------------------
+
+
+def peer(cluster: LocalCluster, folder: Path, victim: str) -> list[float]:
+    """The same faults in a run of ScalingConfig(num_workers=(1, 2)) with a checkpoint every 10 steps."""
+    place = folder / f"elastic-{victim}"
+    kills = [APART * (number + 1) for number in range(ROUNDS)]
+    lines = place / "metrics" / "attempt-001.jsonl"
+    lines.parent.mkdir(parents=True)
+    steps = APART * (ROUNDS + 1)
+    settings = {"folder": str(place), "steps": steps, "kills": kills if victim == "rank" else []}
+    process = cluster.popen([sys.executable, str(PEER), json.dumps(settings)], subprocess.DEVNULL)
+    struck = []
+    try:
+        for step in kills:
+            reached(place, step)
+            if victim == "node":
+                struck.append(kill_node(cluster))
+            reached(place, step + 1)
+        wait_for(lambda: process.poll() is not None, "the end of the peer's run", 1200)
+    finally:
+        if process.poll() is None:
+            kill_tree(process)
+    struck = struck or [float((place / f"killed-{step}").read_text()) for step in kills]
+    records = [json.loads(line) for line in lines.read_text().splitlines()]
+    new = [next_new_step(at, records) for at in struck]
+    return [found - at for at, found in zip(struck, new, strict=True) if found is not None]
+
+
+def reached(place: Path, step: int) -> None:
+    wait_for(lambda: last_step(RunDir(str(place))) >= step, f"step {step} of the peer's run", 1200)
+
+
+def kill_node(cluster: LocalCluster) -> float:
+    """Take node 2 away, and put another in its place once its loss is known; returns when."""
+    import time
+
+    at = time.time()
+    cluster.kill(2)
+    wait_for(lambda: 2 not in cluster.alive(), "the loss of the node", 60)
+    cluster.replace(2)
+    return at
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def show(found: dict[str, list[dict[str, float]]]) -> None:
+    print(f"\n{'seconds':36} {'min':>7} {'median':>7} {'max':>7}   median of {', '.join(PHASES)}")
+    for name, rows in found.items():
+        totals = [row["total"] for row in rows]
+        split = "  ".join(f"{statistics.median(row[p] for row in rows):5.1f}" for p in PHASES if p in rows[0])
+        print(f"{name:36} {min(totals):7.1f} {statistics.median(totals):7.1f} {max(totals):7.1f}   {split}")

@@ -24,6 +24,7 @@ from orchestrator.config import Recipe, load_recipe
 from orchestrator.errors import UserError
 from orchestrator.fault_config import FillDisk, NodeFault
 from orchestrator.runs import RunDir, run_of
+from orchestrator.stages import STAGES
 
 log = logging.getLogger(__name__)
 
@@ -39,11 +40,11 @@ class Played:
     rows: list[Row]
 
 
-def play(path: str, overrides: Sequence[str], stages: Sequence[str] = (), out: IO[str] | None = None) -> Played:
+def play(path: str, overrides: Sequence[str], stages: Sequence[str] = STAGES, out: IO[str] | None = None) -> Played:
     """Start a cluster, train on it while the recipe's faults are played, and take all of it down.
 
     Args:
-        stages: `--stage NAME` of `terrane run`; without it all of them.
+        stages: of `terrane run`; the faults are played in the train stage, and the others come before and after it.
         out: where the output of `terrane run` goes; None: to this process's.
 
     Raises:
@@ -55,8 +56,12 @@ def play(path: str, overrides: Sequence[str], stages: Sequence[str] = (), out: I
         run = RunDir(storage.join(storage_uri, recipe.name))
         with network() as made, _proxy(recipe, made) as proxy, _cluster(recipe, made, proxy) as cluster:
             command = [sys.executable, "-m", "orchestrator", "run", path, *overrides, f"storage={storage_uri}"]
-            command += ["--address", cluster.address, *(f"--stage={stage}" for stage in stages)]
-            code = Player(run, recipe.faults, cluster, command, disk, proxy, out).play()
+            command += ["--address", cluster.address]
+            commands = [command] if tuple(stages) == STAGES else [[*command, "--stage", stage] for stage in stages]
+            for command in commands:
+                code = Player(run, recipe.faults, cluster, command, disk, proxy, out).play()
+                if code:
+                    break
         rows = score(recipe.faults, run.events(), run.metric_lines())
         if disk:
             copy_back(run, run_of(recipe).uri)

@@ -14,17 +14,19 @@ from typing import Any
 
 import pytest
 
+from orchestrator import storage
 from orchestrator.chaos.disk import SmallDisk, small_disk
 from orchestrator.chaos.hosts import network
 from orchestrator.chaos.local_cluster import LocalCluster, Size, local_cluster
 from orchestrator.chaos.player import Player
 from orchestrator.chaos.score import score, table
+from orchestrator.chaos.show import play
 from orchestrator.config import load_recipe
 from orchestrator.runs import RunDir
 from orchestrator.train import checkpoints
 from tests.e2e.conftest import wait_for
 
-STEPS, SOAK_STEPS, SOAK_FAULTS = 24, 640, 55
+STEPS, SOAK_STEPS = 24, 640
 WORDS = [begin + end for begin in "ca to ri mel sor ban lu pre".split() for end in "n der ment sis tal".split()]
 RECIPE = """
 name: calm
@@ -50,12 +52,25 @@ FEW = """[
   {kind: kill_driver, step: 8},
   {kind: kill_node, node: 2, step: 12, seconds: 4},
   {kind: error_rank, rank: 0, step: 19}]"""
-KINDS = (
-    *("kill_rank, rank: {n}", "error_rank, rank: {n}", "oom_rank, rank: {n}", "hang_rank, rank: {n}"),
-    *("slow_rank, rank: {n}, steps: 5", "kill_node, node: {m}, seconds: 4", "cut_link, node: {m}, seconds: 8"),
-    *("drain_node, node: {m}, deadline_s: 20, seconds: 2", "fill_disk, seconds: 3", "kill_driver"),
-    "corrupt_shard, shard: {n}, seconds: 3",
-)
+MANY = {
+    "kill_rank, rank: {n}": 10,
+    "error_rank, rank: {n}": 3,
+    "oom_rank, rank: {n}": 2,
+    "hang_rank, rank: {n}": 4,
+    "slow_rank, rank: {n}, steps: 5": 5,
+    "kill_node, node: {m}, seconds: 4": 8,
+    "cut_link, node: {m}, seconds: 8": 6,
+    "drain_node, node: {m}, deadline_s: 20, seconds: 2": 5,
+    "fill_disk, seconds: 3": 4,
+    "kill_driver": 5,
+    "corrupt_shard, shard: {n}, seconds: 3": 3,
+}
+"""How many of each, with n for a rank or a shard and m for a node."""
+ON_S3 = """[
+  {kind: s3_errors, step: 6, seconds: 4},
+  {kind: corrupt_shard, shard: 0, step: 12, seconds: 60},
+  {kind: kill_rank, rank: 0, step: 16},
+  {kind: s3_errors, answer: slow, delay_s: 0.5, step: 30, seconds: 5}]"""
 LEFT = """
 import json, ray
 from ray.util import placement_group_table
@@ -192,18 +207,39 @@ def test_a_run_survives_five_faults(stage: Stage) -> None:
 @pytest.mark.timeout(7200)
 def test_a_run_survives_fifty_faults_of_all_kinds(stage: Stage) -> None:
     calm = stage.calm(SOAK_STEPS)
-    kinds = [kind for kind in KINDS if stage.disk or "fill_disk" not in kind]
-    run = stage.disturbed(calm, script(kinds, SOAK_FAULTS, SOAK_STEPS), "train.max_restarts=20")
-    assert sum(event["event"] == "fault_injected" for event in run.events()) == SOAK_FAULTS
+    kinds = [kind for kind, count in MANY.items() for _ in range(count) if stage.disk or "fill_disk" not in kind]
+    assert len(kinds) >= 50
+    run = stage.disturbed(calm, script(kinds, SOAK_STEPS), "train.max_restarts=20", "train.hang_after_s=10")
+    assert sum(event["event"] == "fault_injected" for event in run.events()) == len(kinds)
     check_same(run, calm)
     check_nothing_is_left(stage)
 
 
-def script(kinds: Sequence[str], count: int, steps: int) -> str:
-    """Faults of all kinds in an order of chance, as far from each other as the run lets them."""
+def script(kinds: Sequence[str], steps: int) -> str:
+    """Faults in an order of chance, as far from each other as the run lets them."""
     draw = random.Random(7)
-    chosen = [kinds[number % len(kinds)] for number in range(count)]
-    draw.shuffle(chosen)
-    apart = steps // (count + 1)
-    faults = [kind.format(n=draw.randrange(2), m=draw.randrange(1, 3)) for kind in chosen]
-    return "[" + ", ".join(f"{{kind: {f}, step: {apart * (n + 1)}}}" for n, f in enumerate(faults)) + "]"
+    apart = steps // (len(kinds) + 1)
+    chosen = [kind.format(n=draw.randrange(2), m=draw.randrange(1, 3)) for kind in draw.sample(kinds, len(kinds))]
+    return "[" + ", ".join(f"{{kind: {kind}, step: {apart * (n + 1)}}}" for n, kind in enumerate(chosen)) + "]"
+
+
+@pytest.mark.soak
+def test_a_run_survives_an_object_store_that_fails(bucket: str, tmp_path: Path) -> None:
+    write_recipe(tmp_path)
+    runs = []
+    for name, faults in (("calm", "[]"), ("disturbed", " ".join(ON_S3.split()))):
+        values = [f"storage={bucket}", f"name={name}", f"faults={faults}", "train.steps=60"]
+        with (tmp_path / f"{name}.log").open("w") as out:
+            played = play(str(tmp_path / "r.yaml"), values, ("train",) if runs else ("corpus", "train"), out)
+        print("\n" + table(played.rows))
+        assert played.exit_code == 0, (tmp_path / f"{name}.log").read_text()[-4000:]
+        assert all(row.struck for row in played.rows)
+        runs.append(played.run)
+        if name == "calm":
+            copy_corpus(played.run, RunDir(f"{bucket}/disturbed"), tmp_path / "corpus")
+    check_same(runs[1], runs[0])
+
+
+def copy_corpus(run: RunDir, to: RunDir, through: Path) -> None:
+    storage.download_directory(run.corpus, through)
+    storage.upload_directory(through, to.corpus)

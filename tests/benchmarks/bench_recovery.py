@@ -140,7 +140,12 @@ def peer(cluster: LocalCluster, folder: Path, victim: str) -> list[float]:
     lines = place / "metrics" / "attempt-001.jsonl"
     lines.parent.mkdir(parents=True)
     steps = APART * (ROUNDS + 1)
-    settings = {"folder": str(place), "steps": steps, "kills": kills if victim == "rank" else []}
+    settings = {
+        "address": cluster.address,
+        "folder": str(place),
+        "steps": steps,
+        "kills": kills if victim == "rank" else [],
+    }
     process = cluster.popen([sys.executable, str(PEER), json.dumps(settings)], subprocess.DEVNULL)
     struck = []
     try:

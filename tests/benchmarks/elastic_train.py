@@ -1,6 +1,6 @@
 """Ray Train's elastic mode as its documentation has it, on a model and a batch of the size that Terrane is measured on.
 
-python elastic_train.py '{"folder": ..., "steps": ..., "kills": [steps at which rank 1 kills itself, once]}'
+python elastic_train.py '{"address": ..., "folder": ..., "steps": ..., "kills": [steps at which rank 1 kills itself, once]}'
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def die_once(marker: Path) -> None:
 
 if __name__ == "__main__":
     wanted = json.loads(sys.argv[1])
-    ray.init("auto", logging_level="ERROR", log_to_driver=False)
+    ray.init(wanted["address"], logging_level="ERROR", log_to_driver=False)
     TorchTrainer(
         loop,
         train_loop_config=wanted,

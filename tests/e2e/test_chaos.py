@@ -73,9 +73,9 @@ ON_S3 = """[
   {kind: kill_rank, rank: 0, step: 80},
   {kind: s3_errors, answer: slow, delay_s: 0.5, step: 120, seconds: 5}]"""
 LEFT = """
-import json, ray
+import json, ray, sys
 from ray.util import placement_group_table
-ray.init("auto", logging_level="ERROR")
+ray.init(sys.argv[1], logging_level="ERROR", log_to_driver=False)
 groups = [row["name"] for row in placement_group_table().values() if row["state"] != "REMOVED"]
 print(json.dumps({"groups": groups, "cpus": ray.available_resources().get("CPU", 0)}))
 """
@@ -139,7 +139,7 @@ def run_on(cluster: LocalCluster, command: Sequence[str], node: int = 0) -> str:
 
 
 def on_node(cluster: LocalCluster, script: str, node: int = 0) -> Any:
-    return json.loads(run_on(cluster, [sys.executable, "-c", script], node).splitlines()[-1])
+    return json.loads(run_on(cluster, [sys.executable, "-c", script, cluster.address], node).splitlines()[-1])
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Ray Train's elastic mode as its documentation has it, on a model and a batch of the size that Terrane is measured on.
 
-python elastic_train.py '{"address": ..., "folder": ..., "steps": ..., "kills": [steps at which rank 1 kills itself, once]}'
+python elastic_train.py '{"address": ..., "folder": ..., "steps": ..., "kills": [steps at which rank 1 kills itself]}'
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -116,6 +117,28 @@ def test_nothing_of_the_namespaces_is_left() -> None:
     assert _devices() > before
     made.close()
     wait_for(lambda: _devices() == before, "the end of the cable")
+
+
+def test_namespaces_end_with_the_program_that_made_them_even_when_it_is_killed(tmp_path: Path) -> None:
+    made = hosts._namespaces()
+    if made is None:
+        pytest.skip("namespaces need root")
+    made.close()
+    script = f"""
+import os, time, pathlib
+from orchestrator.chaos import hosts
+host = hosts.Namespaces().host(0)
+host.boot(["sh", "-c", {FOREVER!r}], dict(os.environ), pathlib.Path({str(tmp_path / "log")!r}))
+time.sleep(1000)
+"""
+    mark = {"CHAOS_TEST": tmp_path.name}
+    maker = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env={**os.environ, **mark})
+    try:
+        wait_for(lambda: len(sleepers(mark)) >= 6, "the program, the switch and the host's processes")
+    finally:
+        maker.kill()
+        maker.wait()
+    wait_for(lambda: sleepers(mark) == [], "the end of the host")
 
 
 def _devices() -> set[str]:

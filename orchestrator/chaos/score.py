@@ -44,7 +44,11 @@ def _consequence(at: float, until: float, events: Facts, metrics: Facts) -> tupl
     """The outcome and the recovery of the fault that struck at a time and was alone until another."""
     within = [event for event in events if at <= event["time"] < until]
     started = [event["time"] for event in within if event["event"] == "attempt_started"]
-    ended = [event["outcome"] for event in within if event["event"] == "attempt_ended"]
+    ended = [
+        event["outcome"]
+        for event in within
+        if event["event"] == "attempt_ended" and (not started or event["time"] <= started[0])
+    ]
     interrupted = started or (ended and ended[0] != "finished")
     outcome = "went on" if not interrupted else ended[0] if ended else "driver lost"
     new = next_new_step(started[0] if started else at, metrics) if started or not interrupted else None

@@ -236,6 +236,7 @@ def test_a_fault_is_scored_by_what_followed_it() -> None:
         at(25, "fault_injected", name="slow_rank-rank-0-step-5"),
         at(26.5, "fault_injected", name="kill_driver-step-6"),
         at(30, "attempt_started", attempt=3),
+        at(40, "attempt_ended", attempt=3, outcome="finished"),
     ]
     # After the driver was killed, its workers did one more step; attempt 2 repeats step 2.
     metrics = [

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from orchestrator import storage
-from orchestrator.config import Fault, Recipe
+from orchestrator.config import Recipe
 from orchestrator.errors import UserError
+from orchestrator.fault_config import KillRank
 from orchestrator.runs import RunDir, find_run, open_run
 
 
@@ -78,5 +79,5 @@ def test_of_repeated_steps_the_later_attempt_counts(tmp_path: Path) -> None:
 
 def test_an_injected_fault_comes_once(anywhere: str) -> None:
     run = RunDir(storage.join(anywhere, "r"))
-    first, second = (Fault(kind="kill_rank", rank=1, step=step) for step in (5, 6))
+    first, second = (KillRank(kind="kill_rank", rank=1, step=step) for step in (5, 6))
     assert [run.claim_fault(first), run.claim_fault(first), run.claim_fault(second)] == [True, False, True]

@@ -54,9 +54,8 @@ FEW = """[
   {kind: kill_driver, step: 150}]"""
 """So far apart that the player, who looks five times a second, finds the run where the script wants it."""
 MANY = {
-    "kill_rank, rank: {n}": 10,
+    "kill_rank, rank: {n}": 12,
     "error_rank, rank: {n}": 3,
-    "oom_rank, rank: {n}": 2,
     "hang_rank, rank: {n}": 4,
     "slow_rank, rank: {n}, steps: 5": 5,
     "kill_node, node: {m}, seconds: 4": 8,
@@ -66,7 +65,8 @@ MANY = {
     "kill_driver": 5,
     "corrupt_shard, shard: {n}, seconds: 3": 3,
 }
-"""How many of each, with n for a rank or a shard and m for a node."""
+"""How many of each, with n for a rank or a shard and m for a node. No oom_rank: of so small a model no layout takes less
+memory, and the run would rightly end."""
 ON_S3 = """[
   {kind: s3_errors, step: 20, seconds: 4},
   {kind: corrupt_shard, shard: 0, step: 50, seconds: 60},

@@ -65,8 +65,8 @@ MANY = {
     "kill_driver": 5,
     "corrupt_shard, shard: {n}, seconds: 3": 3,
 }
-"""How many of each, with n for a rank or a shard and m for a node. No oom_rank: no layout of so small a model takes less
-memory, and the run would rightly end."""
+"""How many of each, with n for a rank or a shard and m for a node. No oom_rank: no layout of so small a model takes
+less memory, and the run would rightly end."""
 ON_S3 = """[
   {kind: s3_errors, step: 20, seconds: 4},
   {kind: corrupt_shard, shard: 0, step: 50, seconds: 60},

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator import cluster, nodes, storage
-from orchestrator.capacity import LOOK_S, Capacity
+from orchestrator.capacity import LOOK_ON_S3_S, LOOK_S, Capacity
 from orchestrator.config import Recipe
 from orchestrator.drivers import Driver
 from orchestrator.elastic import Change
-from orchestrator.endings import Death, Evidence, raised_alike
+from orchestrator.endings import Death, Evidence, first_line, judge, patience_s
 from orchestrator.errors import CapacityError, Interrupted
 from orchestrator.hangs import RECENT_STEPS, Hang, durations, hang
 from orchestrator.lease import Lease
@@ -32,7 +33,7 @@ SIGNS_S = 5.0
 """Between two looks at the signs of life of all workers."""
 STANDBY_PAYS_S = 30.0
 """A standby is started where training will take longer than that."""
-LEAVE_S = 15.0
+LEAVE_S = 10.0
 """Before a draining node goes, its state must be on its way to storage."""
 FULL_MEMORY = 0.9
 """Share of a node's memory in use from which the death of a worker may have been Ray's own doing, which it tells."""
@@ -85,7 +86,7 @@ class Attempt:
             Interrupted: the second Ctrl-C.
             RunFailed: another driver has taken over.
         """
-        while not self._hang and not self._group.over(raised_alike(self._group.errors)):
+        while not self._hang and not self._group.over(self._patience_s):
             try:
                 self._poll()
             except KeyboardInterrupt:
@@ -94,7 +95,8 @@ class Attempt:
         finished = len(self._group.finished) == self._plan.workers
         if not finished:
             self._group.end()
-        self._follower.poll(now=True)
+        with self._without_storage():
+            self._follower.poll(now=True)
         return self._evidence(finished, now)
 
     def _poll(self) -> None:
@@ -102,6 +104,21 @@ class Attempt:
         reports = self._command.lease.poll(POLL_S)
         self._group.take(reports)
         self._command.standby.note(reports)
+        with self._without_storage():
+            self._observe()
+
+    @contextlib.contextmanager
+    def _without_storage(self) -> Iterator[None]:
+        """The attempt goes on unseen, as long as its workers do."""
+        try:
+            yield
+        except Exception as error:
+            if judge(Evidence(errors={0: error})).outcome != "storage":
+                raise
+            log.warning("attempt %d goes on unseen: %s", self._number, first_line(str(error)))
+            self._next_look = self._next_signs = time.monotonic() + LOOK_ON_S3_S
+
+    def _observe(self) -> None:
         self._follower.poll()
         if self._group.broken:
             return
@@ -109,7 +126,7 @@ class Attempt:
             self._next_signs = time.monotonic() + SIGNS_S
             self._look_for_signs()
         if self._follower.last_step and time.monotonic() >= self._next_look:
-            self._next_look = time.monotonic() + LOOK_S
+            self._next_look = time.monotonic() + (LOOK_ON_S3_S if storage.is_s3(self._run.uri) else LOOK_S)
             self._look_around()
 
     def _look_for_signs(self) -> None:
@@ -183,8 +200,11 @@ class Attempt:
         request_stop(self._run, "Ctrl-C")
         self._leaving = False
 
-    def _evidence(self, finished: bool, now: float) -> Evidence:
-        group = self._group
+    def _patience_s(self) -> float:
+        return patience_s(self._seen())
+
+    def _seen(self) -> Evidence:
+        """Of the attempt's end, by the agents."""
         deaths = tuple(
             Death(
                 rank=report.rank,
@@ -192,15 +212,18 @@ class Attempt:
                 oom_kills=report.oom_kills,
                 node_memory_share=report.node_memory_share,
             )
-            for report in group.deaths.values()
+            for report in self._group.deaths.values()
         )
-        crowded = any(report.node_memory_share > FULL_MEMORY for report in group.deaths.values())
-        silent = not (finished or self._hang or group.errors or deaths or group.lost_nodes)
+        return Evidence(errors=self._group.errors, deaths=deaths, lost_nodes=self._group.lost_nodes)
+
+    def _evidence(self, finished: bool, now: float) -> Evidence:
+        group, seen = self._group, self._seen()
+        crowded = any(death.node_memory_share > FULL_MEMORY for death in seen.deaths)
+        silent = not (finished or self._hang or seen.errors or seen.deaths or seen.lost_nodes)
         failed_at = now - self._hang.seconds if self._hang else group.failed_at or now
-        return Evidence(
-            errors=group.errors,
-            deaths=() if self._hang else deaths,
-            lost_nodes=group.lost_nodes,
+        return replace(
+            seen,
+            deaths=() if self._hang else seen.deaths,
             fit_error=group.fit_error(10.0 if crowded or silent else 0.0),
             hang=self._hang.message if self._hang else "",
             yielded=self._change.reason if self._change and self._leaving else "",

@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 LOOK_S = 2.0
 """Between two looks at the cluster."""
+LOOK_ON_S3_S = 10.0
+"""Where a look costs requests: what is known of the nodes is stored with the run."""
 AVOID_S = 15.0
 """How long a node is left out after its agent has ended, or others turned out to have its devices."""
 CHANGE_S = 5.0

@@ -25,6 +25,12 @@ from orchestrator.errors import (
 )
 from orchestrator.failures import Outcome
 
+CAUSE_S = 0.3
+ALIKE_S = 30.0
+"""Where every rank raises the same: another may have a save to finish before."""
+LOST_PEER_S = 8.0
+"""Where all that is known is a lost connection: Ray takes seconds to tell that a node is gone."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Death:
@@ -121,9 +127,14 @@ def judge(evidence: Evidence) -> Verdict:
     )
 
 
-def raised_alike(errors: Mapping[int, BaseException]) -> bool:
-    """Whether these are errors that every rank raises, so that the others' are on their way."""
-    return bool(errors) and all(isinstance(error, _RAISED_ALIKE) for error in errors.values())
+def patience_s(evidence: Evidence) -> float:
+    """How long to wait for more evidence after this: a cause may be seen after its consequence."""
+    if not evidence.deaths and not evidence.lost_nodes:
+        if evidence.errors and all(isinstance(error, _RAISED_ALIKE) for error in evidence.errors.values()):
+            return ALIKE_S
+        if judge(evidence).outcome == "network":
+            return LOST_PEER_S
+    return CAUSE_S
 
 
 def first_line(text: str) -> str:

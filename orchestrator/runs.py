@@ -19,7 +19,7 @@ from typing import Any
 
 from orchestrator import storage
 from orchestrator.config import Recipe, changed_values
-from orchestrator.errors import RunFailed, StorageError, UserError
+from orchestrator.errors import LastingStorageError, RunFailed, UserError
 from orchestrator.fault_config import BaseFault
 
 STARTED_OVER = "started-over.json"
@@ -187,7 +187,7 @@ class RunDir:
             return Recipe.model_validate(resolved["recipe"])
         except (TypeError, KeyError, ValueError) as error:
             message = f"{self.resolved} is of another version of Terrane, or damaged: {type(error).__name__}"
-            raise StorageError(message, "use the version that began the run") from None
+            raise LastingStorageError(message, "use the version that began the run") from None
 
     def attempts(self) -> list[int]:
         """Numbers of the claimed attempts, in order."""

@@ -44,7 +44,7 @@ class Standby:
             self._not_before = time.monotonic() + AGAIN_S
         self.dismiss()
         if time.monotonic() >= self._not_before:
-            self._group = self._start(plan)
+            self._group = self._start(plan, cold=False)
 
     def ready(self, plan: Plan) -> bool:
         group = self._group
@@ -56,7 +56,7 @@ class Standby:
             group, self._group = self._group, None
             return group, group.ready
         self.dismiss()
-        return self._start(plan), False
+        return self._start(plan, cold=True), False
 
     def note(self, reports: Sequence[Report]) -> None:
         if self._group:
@@ -77,9 +77,9 @@ class Standby:
                 group.end()
         storage.delete(self._run.ray_train)
 
-    def _start(self, plan: Plan) -> WorkerGroup:
+    def _start(self, plan: Plan, cold: bool) -> WorkerGroup:
         self._started = [group for group in self._started if not group.unwound(0)]
         examination = Examination(self._run, self._recipe, plan, self._lease)
-        group = WorkerGroup(self._run, self._recipe, self._vocab_size, plan, self._lease, examination)
+        group = WorkerGroup(self._run, self._recipe, self._vocab_size, plan, self._lease, examination, cold)
         self._started.append(group)
         return group

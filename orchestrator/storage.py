@@ -85,7 +85,7 @@ def read_json(uri: str) -> Any:
     try:
         return json.loads(read(uri))
     except (ValueError, RecursionError) as error:
-        raise StorageError(f"{uri} is damaged: {error}", "restore it, or delete what it describes") from None
+        raise LastingStorageError(f"{uri} is damaged: {error}", "restore it, or delete what it describes") from None
 
 
 def write(uri: str, data: bytes) -> None:

@@ -17,7 +17,14 @@ from orchestrator.data.manifest import Manifest, load_manifest
 from orchestrator.data.schedule import Schedule
 from orchestrator.drivers import Driver
 from orchestrator.endings import Evidence, first_line, judge
-from orchestrator.errors import CheckpointDamaged, Interrupted, RunFailed, ShardLost, SilentCorruption, StepFailed
+from orchestrator.errors import (
+    CheckpointDamaged,
+    Interrupted,
+    RunFailed,
+    ShardLost,
+    SilentCorruption,
+    StepFailed,
+)
 from orchestrator.evaluation.held_out import sequences_of
 from orchestrator.failures import Decision, Ending
 from orchestrator.lease import Lease
@@ -45,6 +52,11 @@ from orchestrator.train.memory_copies import Places, found, sizes
 log = logging.getLogger(__name__)
 
 
+OUTAGE_S = (5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 300.0, 600.0, 900.0, 900.0)
+"""Waits between tries when the supervisor's own storage calls fail, which have been retried for a while by then: 50
+minutes in all. A wait counts anew after an attempt."""
+
+
 def supervise(run: RunDir, recipe: Recipe, driver: Driver, on_step: OnStep, own_cluster: bool = False) -> Commit:
     """Train to the last step, through any number of attempts.
 
@@ -58,10 +70,32 @@ def supervise(run: RunDir, recipe: Recipe, driver: Driver, on_step: OnStep, own_
     Raises:
         RunFailed: the run was given up, or another driver has taken it over; says why.
         Interrupted: it was asked to stop, and its state is committed.
+        StorageError: the storage has failed for long, or in a way that does not pass.
     """
+    endings: list[Ending] = []
+    waits, known = iter(OUTAGE_S), 0
+    while True:
+        try:
+            return _supervise(run, recipe, driver, on_step, own_cluster, endings)
+        except Exception as error:
+            verdict = judge(Evidence(errors={0: error}))
+            if len(endings) > known:
+                waits, known = iter(OUTAGE_S), len(endings)
+            wait_s = next(waits, None)
+            if verdict.outcome != "storage" or wait_s is None:
+                raise
+            log.warning(
+                "the supervisor waits for its storage and begins anew in %.0f s: %s", wait_s, first_line(str(error))
+            )
+            time.sleep(wait_s)
+
+
+def _supervise(
+    run: RunDir, recipe: Recipe, driver: Driver, on_step: OnStep, own_cluster: bool, endings: list[Ending]
+) -> Commit:
+    """See `supervise`. It may be left at any point, and begun again."""
     storage.delete(run.stop_request)
     manifest = _checked_manifest(run, recipe)
-    endings: list[Ending] = []
     with (
         Lease(_wants_copies(run, recipe)) as lease,
         closing(Standby(run, recipe, manifest.vocab_size, lease)) as standby,

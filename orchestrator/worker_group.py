@@ -12,7 +12,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from orchestrator import cluster, storage
@@ -26,12 +26,6 @@ from orchestrator.runs import RunDir
 from orchestrator.train.beats import Sign
 
 log = logging.getLogger(__name__)
-
-ALIKE_S = 30.0
-"""How long after the first rank that raised what all ranks raise the others may take, with a save to finish."""
-CAUSE_S = 0.3
-"""How long after the first sign of an attempt's end others are waited for: a cause may come after its consequence."""
-
 
 SLOW_TIMES = 3
 """Windows in a row in which a rank must be found slow: the load of a neighbour passes."""
@@ -78,10 +72,18 @@ class WorkerGroup:
     Args:
         plan: where the workers stand. What they do is in the job that they are sent off with.
         examination: of their nodes, under way.
+        cold: whether the job comes at once.
     """
 
     def __init__(
-        self, run: RunDir, recipe: Recipe, vocab_size: int, plan: Plan, lease: Lease, examination: Examination
+        self,
+        run: RunDir,
+        recipe: Recipe,
+        vocab_size: int,
+        plan: Plan,
+        lease: Lease,
+        examination: Examination,
+        cold: bool,
     ) -> None:
         self.name = uuid.uuid4().hex[:12]
         self.plan = plan
@@ -98,7 +100,8 @@ class WorkerGroup:
         self._slow_for: dict[int, int] = {}
         self._ending_since: float | None = None
         self._fit = _Fit(
-            _trainer(run, recipe, vocab_size, plan, self.name, lease.agents), storage.join(run.ray_train, self.name)
+            _trainer(run, recipe, vocab_size, plan, self.name, lease.agents, cold),
+            storage.join(run.ray_train, self.name),
         )
         self._fit.start()
 
@@ -143,11 +146,11 @@ class WorkerGroup:
         same = (plan.accelerator, plan.placement) == (self.plan.accelerator, self.plan.placement)
         return same and not self.broken
 
-    def over(self, alike: bool) -> bool:
+    def over(self, patience_s: Callable[[], float]) -> bool:
         """Whether the attempt has ended, and all that is worth waiting for is known of its end.
 
         Args:
-            alike: whether the errors so far are such that every rank raises them.
+            patience_s: how long to wait for more than is known, after the first sign of the end.
         """
         if len(self.finished) == self.plan.workers:
             return True
@@ -156,8 +159,7 @@ class WorkerGroup:
         now = time.monotonic()
         self._ending_since = self._ending_since or now
         known = len(self.errors) + len(self.deaths) + len(self.finished)
-        patience = ALIKE_S if alike and not (self.deaths or self.lost_nodes) else CAUSE_S
-        return known >= self.plan.workers or now > self._ending_since + patience
+        return known >= self.plan.workers or now > self._ending_since + patience_s()
 
     def go(self, job: Mapping[str, Any]) -> None:
         self._lease.go(self._nodes, self.name, job)
@@ -216,14 +218,17 @@ class _Fit(threading.Thread):
             self.ended.set()
 
 
-def _trainer(run: RunDir, recipe: Recipe, vocab_size: int, plan: Plan, name: str, agents: Mapping[str, Any]) -> Any:
+def _trainer(
+    run: RunDir, recipe: Recipe, vocab_size: int, plan: Plan, name: str, agents: Mapping[str, Any], cold: bool
+) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from orchestrator.train.worker import Waiting, train_worker
 
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # the supervisor looks for itself
+    for unused in ("ENABLE_PREEMPTION_WATCHER", "METRICS_ENABLED"):  # the supervisor looks, and measures, for itself
+        os.environ.setdefault(f"RAY_TRAIN_{unused}", "0")
     accelerator = ACCELERATORS[plan.accelerator]
     where = [{"ray.io/node-id": node} for node, workers in plan.placement for _ in range(workers)]
     waiting = Waiting(
@@ -232,6 +237,7 @@ def _trainer(run: RunDir, recipe: Recipe, vocab_size: int, plan: Plan, name: str
         group=name,
         accelerator=plan.accelerator,
         agents=dict(agents),
+        cold=cold,
     )
     return TorchTrainer(
         train_worker,

@@ -8,6 +8,7 @@ read from S3 is cached there, and what they give goes through its shared memory.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -94,6 +95,20 @@ def _verified(block: Any, ids: np.ndarray, unit: _Unit, role: Role) -> np.ndarra
 
 
 def _blocks(corpus: str, schedule: Schedule, role: Role, units: Sequence[_Unit]) -> Generator[Any, None, None]:
+    """One a unit, in order. The first is read here: Ray Data, which brings all others, takes seconds to start."""
+    from orchestrator.data.transport import read_unit
+
+    if not units:
+        return
+    with closing(_transported(corpus, schedule, role, units[1:])) as others, ThreadPoolExecutor(1) as thread:
+        second = thread.submit(next, others, None)
+        yield read_unit(corpus, schedule, role, units[0].steps)
+        if (block := second.result()) is not None:
+            yield block
+        yield from others
+
+
+def _transported(corpus: str, schedule: Schedule, role: Role, units: Sequence[_Unit]) -> Generator[Any, None, None]:
     """What Ray Data brings for every unit, in order."""
     import ray
     from ray.data import DataContext, ExecutionResources

@@ -77,6 +77,8 @@ class Waiting:
     accelerator: str
     agents: dict[str, Any]
     """Handle of the agent by node id."""
+    cold: bool
+    """Whether the job comes at once."""
 
 
 def train_worker(values: dict[str, Any]) -> None:
@@ -108,7 +110,7 @@ def _signs(folder: str, rank: int) -> Beat:
 def _warm_up(waiting: Waiting, accelerator: accelerators.Accelerator) -> None:
     from orchestrator.train.warm_up import warm_up
 
-    warm_up(Recipe.model_validate(waiting.recipe), waiting.vocab_size, accelerator)
+    warm_up(Recipe.model_validate(waiting.recipe), waiting.vocab_size, accelerator, rehearse=not waiting.cold)
 
 
 def _take_device(job: Job) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import abc
 import functools
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -25,10 +26,16 @@ _REFUSED = -1.0
 """What DeepSpeed takes for the norm of a gradient with NaN or Inf: it drops the update and cleans up."""
 
 
+MUON = "deepspeed.runtime.zero.muon.muon_optimizer"
+
+
 def attach(backend: str) -> None:
     """Let DeepSpeed use the process group that is there, whoever made it."""
     import deepspeed
 
+    # To see whether an optimizer is Muon, which none of ours is, DeepSpeed imports it, and with it torch's compiler for
+    # two seconds; where there is no such module it does without.
+    sys.modules.setdefault(MUON, None)  # type: ignore[arg-type]
     deepspeed.init_distributed(backend, verbose=False)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.endings import Death, Evidence, judge, raised_alike
+from orchestrator.endings import ALIKE_S, CAUSE_S, LOST_PEER_S, Death, Evidence, judge, patience_s
 from orchestrator.errors import (
     CheckpointDamaged,
     LastingStorageError,
@@ -364,9 +364,15 @@ def test_what_a_worker_said_itself_goes_before_what_ray_says_of_it() -> None:
 # --- when to wait for others ------------------------------------------------------------------------------------------
 
 
-def test_what_every_rank_raises_is_waited_for_from_all() -> None:
-    assert raised_alike({0: NotFinite("m"), 1: NotFinite("m")})
-    assert raised_alike({0: CheckpointDamaged("m")})
-    assert not raised_alike({})
-    assert not raised_alike({0: ShardLost("m")}), "its peers wait for it"
-    assert not raised_alike({0: NotFinite("m"), 1: CLOSED})
+def test_the_end_is_waited_for_as_long_as_its_cause_may_take() -> None:
+    def patience(errors: dict[int, BaseException], **values: Any) -> float:
+        return patience_s(Evidence(errors=errors, **values))
+
+    assert patience({0: NotFinite("m"), 1: NotFinite("m")}) == ALIKE_S, "all ranks raise it, some after a save"
+    assert patience({0: CheckpointDamaged("m")}) == ALIKE_S
+    assert patience({0: CLOSED}) == LOST_PEER_S, "the peer's node may be gone"
+    assert patience({0: CLOSED}, lost_nodes=("n",)) == CAUSE_S, "which is known by then"
+    assert patience({0: CLOSED}, deaths=(Death(rank=1, node_id="n"),)) == CAUSE_S
+    assert patience({0: ShardLost("m")}) == CAUSE_S, "its peers wait for it"
+    assert patience({0: NotFinite("m"), 1: CLOSED}) == CAUSE_S
+    assert patience({}) == CAUSE_S

@@ -185,6 +185,8 @@ def kill_node(cluster: LocalCluster) -> float:
 def show(found: dict[str, list[dict[str, float]]]) -> None:
     print(f"\n{'seconds':36} {'min':>7} {'median':>7} {'max':>7}   median of {', '.join(PHASES)}")
     for name, rows in found.items():
+        if not rows:
+            continue
         totals = [row["total"] for row in rows]
         split = "  ".join(f"{statistics.median(row[p] for row in rows):5.1f}" for p in PHASES if p in rows[0])
         print(f"{name:36} {min(totals):7.1f} {statistics.median(totals):7.1f} {max(totals):7.1f}   {split}")

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import abc
 import functools
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -26,17 +26,24 @@ _REFUSED = -1.0
 """What DeepSpeed takes for the norm of a gradient with NaN or Inf: it drops the update and cleans up."""
 
 
-MUON = "deepspeed.runtime.zero.muon.muon_optimizer"
-
-
 def attach(backend: str) -> None:
     """Let DeepSpeed use the process group that is there, whoever made it."""
     import deepspeed
 
-    # To see whether an optimizer is Muon, which none of ours is, DeepSpeed imports it, and with it torch's compiler for
-    # two seconds; where there is no such module it does without.
-    sys.modules.setdefault(MUON, None)  # type: ignore[arg-type]
+    _import_muon()
     deepspeed.init_distributed(backend, verbose=False)
+
+
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon, which none of ours is, without what it does then: it has torch's compiler imported, for
+    two seconds, to compile two functions that only Muon calls. DeepSpeed imports it to see that an optimizer is
+    something else."""
+    with mock.patch.object(torch, "compile", _uncompiled):
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+
+
+def _uncompiled(function: Any = None, **_: Any) -> Any:
+    return function or _uncompiled
 
 
 def initialize(module: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], grid: Any) -> Any:

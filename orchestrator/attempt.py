@@ -154,7 +154,7 @@ class Attempt:
         if self._leaving or not steps_left:
             return
         step_s = self._follower.step_s
-        slow = {self._node_of(rank): ratio for rank, ratio in self._group.slow.items()}
+        slow = {self._group.nodes[rank]: ratio for rank, ratio in self._group.slow.items()}
         before, self._change = self._change, self._command.capacity.change(self._plan, step_s, steps_left, slow)
         change = self._change
         if change is None:
@@ -182,7 +182,7 @@ class Attempt:
 
     def _quarantine(self, change: Change) -> None:
         for rank, ratio in self._group.slow.items():
-            node = self._node_of(rank)
+            node = self._group.nodes[rank]
             if node not in change.plan.node_ids:
                 reason = f"slower than its like by {ratio:.2f}, in attempt {self._number}"
                 nodes.quarantine(self._run, node, cluster.hosts().get(node, ""), reason)
@@ -208,7 +208,7 @@ class Attempt:
         deaths = tuple(
             Death(
                 rank=report.rank,
-                node_id=self._node_of(report.rank),
+                node_id=report.node_id,
                 oom_kills=report.oom_kills,
                 node_memory_share=report.node_memory_share,
             )
@@ -230,14 +230,6 @@ class Attempt:
             finished=finished,
             failed_at=None if finished else failed_at,
         )
-
-    def _node_of(self, rank: int) -> str:
-        first = 0
-        for node, workers in self._plan.placement:
-            first += workers
-            if rank < first:
-                return node
-        return ""
 
 
 class _Follower:

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from orchestrator.accelerators import ACCELERATORS
@@ -165,7 +165,7 @@ class Lease:
             self._drop(node_id)
             return []
         held.seen, held.news = held.seen + len(reports), None
-        return reports
+        return [replace(report, node_id=node_id) for report in reports]
 
     def go(self, node_ids: Iterable[str], group: str, job: Mapping[str, Any] | None) -> None:
         """Send a group off; without a job, home."""

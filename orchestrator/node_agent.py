@@ -51,6 +51,8 @@ class Report:
     rank: int
     time: float
     """Of the report, in unix seconds."""
+    node_id: str = ""
+    """Where the agent stands; known to who asks it."""
     error: BaseException | None = None
     slow: dict[int, float] = field(default_factory=dict)
     """Of ranks that are slower than their peers, by how many times."""

@@ -35,6 +35,7 @@ def summarize(run: RunDir) -> dict[str, Any]:
         "run": run.uri,
         "stages": stages,
         "failure": failures[-1] if failures and "failed" in stages.values() else None,
+        "waiting": _waiting(events),
         "step": last["step"] if last else 0,
         "steps": recipe.train.steps,
         "loss": last["loss"] if last else None,
@@ -50,6 +51,13 @@ def summarize(run: RunDir) -> dict[str, Any]:
         "evaluation": run.read_json(run.path("evaluation", evaluations[-1])) if evaluations else None,
         "last_event": events[-1] if events else None,
     }
+
+
+def _waiting(events: list[dict[str, Any]]) -> str | None:
+    """What capacity the run waits for, if it does."""
+    ends = ("waited", "stage_finished", "stage_stopped", "stage_failed", "driver_started")
+    last = next((event for event in reversed(events) if event["event"] in ("waiting", *ends)), None)
+    return last["missing"] if last and last["event"] == "waiting" else None
 
 
 def _goodput(found: Ledger) -> dict[str, Any]:
@@ -80,6 +88,8 @@ def describe(summary: dict[str, Any]) -> str:
     out.append(f"  stages       {stages or 'none begun'}")
     if summary["failure"]:
         out.append(f"  failed       {summary['failure']}")
+    if summary["waiting"]:
+        out.append(f"  waiting      for capacity: {summary['waiting']}")
     if summary["step"]:
         held_out = f" ({summary['held_out_loss']:.4f} held out)" if summary["held_out_loss"] else ""
         speed = f"loss {summary['loss']:.4f}{held_out}, {summary['tokens_per_second']:.0f} tokens/s"

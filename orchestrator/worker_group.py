@@ -93,6 +93,8 @@ class WorkerGroup:
         self.finished: set[int] = set()
         self.errors: dict[int, BaseException] = {}
         self.deaths: dict[int, Report] = {}
+        self.nodes: dict[int, str] = {}
+        """Id of the node by rank, of those that have reported."""
         self.slow: dict[int, float] = {}
         """By how many times ranks are slower than their peers, of those that are so for long."""
         self.failed_at: float | None = None
@@ -112,6 +114,8 @@ class WorkerGroup:
                 self._take(report)
 
     def _take(self, report: Report) -> None:
+        if report.kind != "slow":
+            self.nodes[report.rank] = report.node_id
         match report.kind:
             case "arrived":
                 self.arrived.add(report.rank)

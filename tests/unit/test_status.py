@@ -57,6 +57,17 @@ def test_run_before_its_training_has_no_goodput(run: RunDir) -> None:
     assert "goodput   " not in describe(summarize(run))
 
 
+def test_a_run_that_waits_says_what_for_until_it_has_it(run: RunDir) -> None:
+    line = "  waiting      for capacity: 2 more devices"
+    write_event(run, "waiting", 1.0, missing="2 more devices")
+    assert line in describe(summarize(run))
+    write_event(run, "waited", 2.0, seconds=1.0)
+    assert line not in describe(summarize(run))
+    write_event(run, "waiting", 3.0, missing="2 more devices")
+    write_event(run, "driver_started", 4.0)
+    assert summarize(run)["waiting"] is None, "its driver was lost meanwhile"
+
+
 def test_logs_are_of_the_last_attempt_that_has_any(run: RunDir) -> None:
     for _ in range(3):
         run.claim_attempt({})

@@ -17,9 +17,9 @@ from orchestrator.capacity import LOOK_ON_S3_S, LOOK_S, Capacity
 from orchestrator.config import Recipe
 from orchestrator.drivers import Driver
 from orchestrator.elastic import Change
-from orchestrator.endings import Death, Evidence, first_line, judge, patience_s
-from orchestrator.errors import CapacityError, Interrupted
-from orchestrator.hangs import RECENT_STEPS, Hang, durations, hang
+from orchestrator.endings import Death, Evidence, first_line, of_storage, patience_s
+from orchestrator.errors import CapacityError, Interrupted, StorageError, UserError
+from orchestrator.hangs import FIRST_S, RECENT_STEPS, Hang, durations, hang, named
 from orchestrator.lease import Lease
 from orchestrator.planning.search import Plan
 from orchestrator.runs import RunDir
@@ -31,8 +31,12 @@ log = logging.getLogger(__name__)
 POLL_S = 0.2
 SIGNS_S = 5.0
 """Between two looks at the signs of life of all workers."""
+SILENT_S = 60.0
+"""After which the agent of a node that gives no answer is given up, and the node with it."""
 STANDBY_PAYS_S = 30.0
 """A standby is started where training will take longer than that."""
+SETTLE_S = 30.0
+"""How long an attempt runs before another plan may take its place, unless a node of it will go."""
 LEAVE_S = 10.0
 """Before a draining node goes, its state must be on its way to storage."""
 FULL_MEMORY = 0.9
@@ -41,9 +45,25 @@ FULL_MEMORY = 0.9
 OnStep = Callable[[dict[str, Any]], None]
 
 
+OURS = "supervisor"
+"""Who asks, where it is not a person."""
+
+
 def request_stop(run: RunDir, reason: str) -> None:
     """Ask a run's workers to commit after the step they are in, and return."""
     run.write_json(run.stop_request, {"reason": reason, "time": time.time()})
+
+
+def asked_to_stop(run: RunDir) -> bool:
+    """Whether a person has asked the run to stop."""
+    found = run.read_json(run.stop_request)
+    return found is not None and found.get("by") != OURS
+
+
+def take_back_request(run: RunDir) -> None:
+    """Delete a request of the supervisor's, if there is one."""
+    if storage.exists(run.stop_request) and not asked_to_stop(run):
+        storage.delete(run.stop_request)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +94,8 @@ class Attempt:
         self._hang: Hang | None = None
         self._next_look = self._next_signs = 0.0
         self._interrupts = 0
+        self._stop_wanted = False
+        self._began = time.monotonic()
 
     @property
     def last_step(self) -> int:
@@ -93,7 +115,7 @@ class Attempt:
                 self._interrupted()
         now = time.time()
         finished = len(self._group.finished) == self._plan.workers
-        if not finished:
+        if not finished or self._leaving:  # those that have finished hold memory of their devices until they are gone
             self._group.end()
         with self._without_storage():
             self._follower.poll(now=True)
@@ -113,12 +135,13 @@ class Attempt:
         try:
             yield
         except Exception as error:
-            if judge(Evidence(errors={0: error})).outcome != "storage":
+            if not of_storage(error):
                 raise
             log.warning("attempt %d goes on unseen: %s", self._number, first_line(str(error)))
             self._next_look = self._next_signs = time.monotonic() + LOOK_ON_S3_S
 
     def _observe(self) -> None:
+        self._tell_workers()
         self._follower.poll()
         if self._group.broken:
             return
@@ -126,16 +149,25 @@ class Attempt:
             self._next_signs = time.monotonic() + SIGNS_S
             self._look_for_signs()
         if self._follower.last_step and time.monotonic() >= self._next_look:
-            self._next_look = time.monotonic() + (LOOK_ON_S3_S if storage.is_s3(self._run.uri) else LOOK_S)
+            dear = storage.is_s3(self._run.uri) and not cluster.draining()
+            self._next_look = time.monotonic() + (LOOK_ON_S3_S if dear else LOOK_S)
             self._look_around()
 
     def _look_for_signs(self) -> None:
         """See that the workers get on, and keep their stacks where they do not."""
         signs = self._group.signs()
+        self._command.lease.give_up_silent(SILENT_S)
         if len(signs) < self._plan.workers:
-            return  # not all have started, or a node gives no answer
+            if time.monotonic() > self._began + FIRST_S:
+                missing = tuple(rank for rank in range(self._plan.workers) if rank not in signs)
+                self._hang = Hang(step=0, seconds=FIRST_S, ranks=missing, message=f"{named(missing)} never started")
+            return
         found = hang(
-            signs, durations(list(self._follower.recent)), self._command.recipe.train.hang_after_s, self._stopped()
+            signs,
+            durations(list(self._follower.recent)),
+            self._command.recipe.train.hang_after_s,
+            self._stopped(),
+            since_s=time.monotonic() - self._began,
         )
         if found is None:
             return
@@ -155,13 +187,25 @@ class Attempt:
             return
         step_s = self._follower.step_s
         slow = {self._group.nodes[rank]: ratio for rank, ratio in self._group.slow.items()}
-        before, self._change = self._change, self._command.capacity.change(self._plan, step_s, steps_left, slow)
+        before, self._change = self._change, self._wanted(step_s, steps_left, slow)
         change = self._change
+        self._command.lease.keep({*self._plan.node_ids, *standby.node_ids, *(change.plan.node_ids if change else ())})
         if change is None:
             if step_s * steps_left > STANDBY_PAYS_S:
                 standby.prepare(self._plan)
         elif before and before.plan.placement == change.plan.placement:  # what is seen once may be gone again
             self._make_way(change)
+
+    def _wanted(self, step_s: float, steps_left: int, slow: dict[str, float]) -> Change | None:
+        try:
+            change = self._command.capacity.change(self._plan, step_s, steps_left, slow)
+        except StorageError:
+            raise
+        except UserError as error:  # as of a node that joined with a wrong label
+            log.warning("attempt %d stays as it is: %s", self._number, error.message)
+            return None
+        young = time.monotonic() < self._began + SETTLE_S
+        return None if change and young and change.kind != "drain" else change
 
     def _make_way(self, change: Change) -> None:
         """Once the workers of a change stand ready, or cannot be waited for, ask the present ones to leave."""
@@ -174,11 +218,13 @@ class Attempt:
             self._command.standby.prepare(change.plan)
             if self._command.recipe.train.standby and not self._command.standby.ready(change.plan):
                 return
-        if change.kind == "eviction":
-            self._quarantine(change)
-        log.info("attempt %d: makes way: %s", self._number, change.reason)
-        self._run.log_event("resized", attempt=self._number, kind=change.kind, reason=change.reason)
-        self._leaving = storage.create(self._run.stop_request, json.dumps({"reason": change.kind}).encode())
+        request = {"by": OURS, "attempt": self._number, "reason": change.kind, "time": time.time()}
+        self._leaving = True  # also where a person has asked before: then the run stops
+        if storage.create(self._run.stop_request, json.dumps(request).encode()):
+            if change.kind == "eviction":
+                self._quarantine(change)
+            log.info("attempt %d: makes way: %s", self._number, change.reason)
+            self._run.log_event("resized", attempt=self._number, kind=change.kind, reason=change.reason)
 
     def _quarantine(self, change: Change) -> None:
         for rank, ratio in self._group.slow.items():
@@ -197,8 +243,13 @@ class Attempt:
         if self._interrupts > 1:
             raise Interrupted("stopped at once; what the last checkpoint holds is safe", "run the same command")
         log.warning("stopping: the workers commit after this step (Ctrl-C again to drop it)")
-        request_stop(self._run, "Ctrl-C")
-        self._leaving = False
+        self._stop_wanted = True
+
+    def _tell_workers(self) -> None:
+        """Store the request of Ctrl-C, once that can be done."""
+        if self._stop_wanted:
+            request_stop(self._run, "Ctrl-C")
+            self._stop_wanted = False
 
     def _patience_s(self) -> float:
         return patience_s(self._seen())
@@ -260,13 +311,24 @@ class _Follower:
     def poll(self, now: bool = False) -> None:
         if time.monotonic() < self._next and not now:
             return
-        self._next = time.monotonic() + (5.0 if storage.is_s3(self._uri) else 0.0)
+        began = time.monotonic()
+        self._take(self._news())
+        took_s = time.monotonic() - began
+        self._next = time.monotonic() + (max(5.0, 20 * took_s) if storage.is_s3(self._uri) else 0.0)
+
+    def _news(self) -> bytes:
+        """Whole lines that came since."""
         try:
-            text = storage.read(self._uri)
+            length = storage.size(self._uri) - self._seen
+            text = storage.read_range(self._uri, self._seen, length) if length > 0 else b""
         except FileNotFoundError:
-            return
+            return b""
         whole = text[: text.rfind(b"\n") + 1]
-        for line in whole[self._seen :].splitlines():
+        self._seen += len(whole)
+        return whole
+
+    def _take(self, lines: bytes) -> None:
+        for line in lines.splitlines():
             record = {"attempt": self._attempt, **json.loads(line)}
             if not self.last_step:
                 self._run.log_event("first_step", attempt=self._attempt, step=record["step"])
@@ -274,4 +336,3 @@ class _Follower:
             self.recent.append(record)
             self._news_at = time.monotonic()
             self._on_step(record)
-        self._seen = len(whole)

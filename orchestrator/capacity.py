@@ -7,13 +7,14 @@ import time
 from collections.abc import Collection
 from dataclasses import replace
 
-from orchestrator import cluster, storage
+from orchestrator import cluster
 from orchestrator.accelerators import ACCELERATORS, NodePool
 from orchestrator.config import Recipe
 from orchestrator.data import tokenizer
 from orchestrator.data.manifest import load_manifest
+from orchestrator.drivers import Driver
 from orchestrator.elastic import Change, wanted_change
-from orchestrator.errors import CapacityError, Interrupted, RunFailed
+from orchestrator.errors import CapacityError, Interrupted, PlanError, RunFailed
 from orchestrator.lease import Lease, NodesBusy
 from orchestrator.nodes import plan_around, with_speeds
 from orchestrator.planning.past import NOTHING, Past, learned
@@ -64,38 +65,46 @@ class Capacity:
         own_cluster: whether the cluster is this command's own, so that nobody will add nodes to it.
     """
 
-    def __init__(self, run: RunDir, recipe: Recipe, lease: Lease, own_cluster: bool) -> None:
+    def __init__(self, run: RunDir, recipe: Recipe, lease: Lease, driver: Driver, own_cluster: bool) -> None:
         self._run = run
         self._recipe = recipe
         self._lease = lease
+        self._driver = driver
         self._patience_s = OWN_CLUSTER_S if own_cluster else None
         self._busy: dict[str, float] = {}
         self._accelerator = ""
         self._past = NOTHING
 
-    def plan(self) -> Plan:
+    def plan(self, prefer: Collection[str] = ()) -> Plan:
         """The best plan for what is there, held; waits until there is one.
+
+        Args:
+            prefer: ids of nodes to take before others, as of those where workers stand by.
 
         Raises:
             PlanError: more devices would not help.
-            RunFailed: none will come.
+            RunFailed: none will come, or another driver has taken over.
             Interrupted: the run was asked to stop meanwhile.
         """
-        began = time.monotonic()
         self._past = learned(self._run.events())
-        missing = ""
-        while True:
-            try:
-                chosen = self.hold(self._best(frozenset(self._lease.agents)))
-                break
-            except CapacityError as lacking:
-                missing = self._wait(began, missing, lacking)
-        if missing:
-            self._ask_for(0)
-            self._run.log_event("waited", seconds=round(time.monotonic() - began, 3))
+        chosen = self._held(prefer)
         self._lease.keep(chosen.node_ids)
         self._accelerator = chosen.accelerator
+        self._past = replace(self._past, workers=max(self._past.workers, chosen.workers))
         return chosen
+
+    def _held(self, prefer: Collection[str]) -> Plan:
+        began, missing = time.monotonic(), ""
+        try:
+            while True:
+                try:
+                    return self.hold(self._best(prefer or self._lease.agents.keys()))
+                except CapacityError as lacking:
+                    missing = self._wait(began, missing, lacking)
+        finally:
+            if missing:
+                self._ask_for(0)
+                self._run.log_event("waited", seconds=round(time.monotonic() - began, 3))
 
     def hold(self, chosen: Plan) -> Plan:
         """
@@ -122,9 +131,9 @@ class Capacity:
         kept = nodes.keys() - slow.keys()
         try:
             candidate = self._best(kept, slow)
-        except CapacityError as lacking:
+        except PlanError as lacking:
             if nodes.keys() & leaving.keys():
-                return Change(plan=live, kind="drain", reason=f"its nodes will go: {lacking.missing}")
+                return Change(plan=live, kind="drain", reason=f"its nodes will go: {lacking.message}")
             return None
         pools = with_speeds(self._run, cluster.node_pools())
         return wanted_change(
@@ -159,9 +168,12 @@ class Capacity:
             log.warning("waiting for capacity: %s", lacking.missing)
             self._run.log_event("waiting", missing=lacking.missing)
             self._ask_for(self._recipe.train.workers.min)
+        self._driver.check()
+        self._lease.poll(0)  # agents that have ended are planned on no more
         if self._patience_s is not None and time.monotonic() > began + self._patience_s:
             raise RunFailed(lacking.message, lacking.hint)
-        if storage.exists(self._run.stop_request):
+        found = self._run.read_json(self._run.stop_request)
+        if found is not None:
             raise Interrupted("stopped while it waited for capacity", "run the same command")
         time.sleep(min(LOOK_S, 0.2 + (time.monotonic() - began) / 10))
         return lacking.missing

@@ -127,6 +127,12 @@ def judge(evidence: Evidence) -> Verdict:
     )
 
 
+def of_storage(error: BaseException) -> bool:
+    """Whether storage has failed, in a way that may pass, in a process that uses the network for nothing else."""
+    outcome = judge(Evidence(errors={0: error})).outcome
+    return outcome == "storage" or (outcome == "network" and isinstance(error, OSError))
+
+
 def patience_s(evidence: Evidence) -> float:
     """How long to wait for more evidence after this: a cause may be seen after its consequence."""
     if not evidence.deaths and not evidence.lost_nodes:

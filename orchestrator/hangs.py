@@ -62,8 +62,8 @@ def hang_after_s(setting: float | None, recent: Durations, phase: Phase) -> floa
         setting: train.hang_after_s. It bounds the wait for data and the step, once steps flow; other phases take at
             least as long.
     """
-    if phase == "parked":
-        return math.inf
+    if phase == "parked":  # with a job: it is taken up at once
+        return max(LEAST_ON_STORAGE_S, setting or 0.0)
     if not recent.get("step") or (phase not in ("data", "step") and not recent.get(phase)):
         return max(FIRST_S, setting or 0.0)
     if setting and phase in ("data", "step"):
@@ -73,7 +73,11 @@ def hang_after_s(setting: float | None, recent: Durations, phase: Phase) -> floa
 
 
 def hang(
-    signs: Mapping[int, Sign | None], recent: Durations, setting: float | None, stopped: Collection[int] = ()
+    signs: Mapping[int, Sign | None],
+    recent: Durations,
+    setting: float | None,
+    stopped: Collection[int] = (),
+    since_s: float = math.inf,
 ) -> Hang | None:
     """The hang that an attempt is in, if it is: no rank has come to anything new for longer than those that the others
     wait for may take.
@@ -82,12 +86,13 @@ def hang(
         signs: of every rank, all read just now; None of a rank that has given none.
         setting: train.hang_after_s.
         stopped: ranks whose process is stopped (orchestrator.train.stacks.state).
+        since_s: seconds since the ranks were sent off; before that they stood by.
     """
     known = [sign for sign in signs.values() if sign]
     if not known:
         return None
     last = min(known, key=_place) if len(known) == len(signs) else None
-    seconds = min(sign.age_s for sign in known)
+    seconds = min(since_s, *(sign.age_s for sign in known))
     if seconds < hang_after_s(setting, recent, last.phase if last else "starting"):
         return None
     found = blame(signs, stopped)

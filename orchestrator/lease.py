@@ -53,6 +53,8 @@ class _Held:
     """Reports of the agent that were taken."""
     news: Any = None
     """Reference to the reports after those."""
+    silent_since: float | None = None
+    """When it first gave no answer to a question, if it has given none since (time.monotonic)."""
 
 
 class Lease:
@@ -167,6 +169,15 @@ class Lease:
         held.seen, held.news = held.seen + len(reports), None
         return [replace(report, node_id=node_id) for report in reports]
 
+    def give_up_silent(self, seconds: float) -> None:
+        """Count nodes as lost whose agent has given no answer for so long."""
+        now = time.monotonic()
+        for node_id, held in list(self._held.items()):
+            if held.silent_since is not None and now > held.silent_since + seconds:
+                log.warning("the agent of node %s gives no answer: the node is given up", node_id[:12])
+                self.lost[node_id] = now
+                self._drop(node_id)
+
     def go(self, node_ids: Iterable[str], group: str, job: Mapping[str, Any] | None) -> None:
         """Send a group off; without a job, home."""
         for node_id in node_ids:
@@ -213,6 +224,9 @@ class Lease:
             return {}
         answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=timeout_s)
         answers = {}
+        for reference, node_id in asked.items():
+            if held := self._held.get(node_id):
+                held.silent_since = None if reference in answered else held.silent_since or time.monotonic()
         for reference in answered:
             with contextlib.suppress(ray.exceptions.RayError):  # `poll` tells of nodes that are lost
                 answers[asked[reference]] = ray.get(reference)

@@ -151,11 +151,12 @@ class NodeAgent(Examiner):
 
     # --- for the workers ----------------------------------------------------------------------------------------------
 
-    async def register(self, group: str, rank: int, pid: int) -> str:
+    async def register(self, group: str, rank: int, pid: int) -> tuple[str, int]:
         """Watch a worker's process from now on.
 
         Returns:
-            the folder where the worker keeps its beat, and answers for its stacks (orchestrator.train.beats, stacks).
+            the folder where the worker keeps its beat, and answers for its stacks (orchestrator.train.beats, stacks);
+            and the process of the agent, with which the worker ends.
         """
         found = self._group(group)
         self._sampling = self._sampling or asyncio.ensure_future(self._sample())
@@ -163,7 +164,7 @@ class NodeAgent(Examiner):
             handle = os.pidfd_open(pid)
         except ProcessLookupError:
             self._tell("died", group, rank)
-            return found.folder
+            return found.folder, os.getpid()
         if not found.pids:
             found.folder = tempfile.mkdtemp(prefix="terrane-group-")
         found.pids[rank] = pid
@@ -180,7 +181,7 @@ class NodeAgent(Examiner):
                 self._tell("died", group, rank, oom_kills=kills, node_memory_share=share)
 
         asyncio.get_running_loop().add_reader(handle, ended)
-        return found.folder
+        return found.folder, os.getpid()
 
     async def arrive(self, group: str, rank: int) -> dict[str, Any] | None:
         """Wait for the job. None: there is none, go home."""

@@ -14,6 +14,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -242,8 +243,11 @@ class RunDir:
 
     def events(self) -> list[dict[str, Any]]:
         """Every fact, in the order in which they were written."""
-        names = storage.list_files(self.path("events"))
-        return [json.loads(storage.read(self.path("events", name))) for name in names]
+        uris = [self.path("events", name) for name in storage.list_files(self.path("events"))]
+        if not storage.is_s3(self.uri):
+            return [json.loads(storage.read(uri)) for uri in uris]
+        with ThreadPoolExecutor(16) as threads:  # a request each
+            return [json.loads(text) for text in threads.map(storage.read, uris)]
 
     def metric_lines(self, only: int | None = None) -> list[dict[str, Any]]:
         """All step records of all attempts, or of one, in attempt and then step order, each with its `attempt`."""

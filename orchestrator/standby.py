@@ -18,6 +18,10 @@ log = logging.getLogger(__name__)
 
 AGAIN_S = 30.0
 """After a group that came to nothing, before the next is started."""
+CHANGED_S = 5.0
+"""After a group for another plan."""
+MOST = 2
+"""Groups of a command at a time before another stands by: the live one, and one that is going."""
 UNWIND_S = 15.0
 """How long Ray Train is given, at the end of a command, to clear away after its worker groups."""
 
@@ -40,23 +44,29 @@ class Standby:
             return
         if self._group and self._group.fits(plan):
             return
-        if self._group and self._group.broken:
-            self._not_before = time.monotonic() + AGAIN_S
+        if self._group:
+            self._not_before = time.monotonic() + (AGAIN_S if self._group.broken else CHANGED_S)
         self.dismiss()
-        if time.monotonic() >= self._not_before:
+        self._started = [group for group in self._started if not group.unwound(0)]
+        if time.monotonic() >= self._not_before and len(self._started) < MOST:
             self._group = self._start(plan, cold=False)
 
     def ready(self, plan: Plan) -> bool:
         group = self._group
-        return group is not None and group.fits(plan) and group.ready and group.examination.ended.is_set()
+        return group is not None and group.fits(plan) and group.ready and group.sound
 
     def take(self, plan: Plan) -> tuple[WorkerGroup, bool]:
         """The group of the attempt to come, and whether it stands ready; one that stands elsewhere is sent home."""
-        if self._group and self._group.fits(plan):
+        if self._group and self._group.fits(plan) and not self._group.examination.failed:
             group, self._group = self._group, None
             return group, group.ready
         self.dismiss()
         return self._start(plan, cold=True), False
+
+    @property
+    def node_ids(self) -> tuple[str, ...]:
+        """Where the group stands, in the order of its plan."""
+        return self._group.plan.node_ids if self._group and not self._group.broken else ()
 
     def note(self, reports: Sequence[Report]) -> None:
         if self._group:
@@ -72,6 +82,9 @@ class Standby:
         """Return when none of the groups that were started is left."""
         self.dismiss()
         end = time.monotonic() + UNWIND_S
+        for group in self._started:
+            if group.busy:
+                group.end()
         for group in self._started:
             if not group.unwound(max(0.0, end - time.monotonic())):
                 group.end()

@@ -503,8 +503,10 @@ class Appender:
         """Put what was appended on storage. From any thread."""
         if not self._file:
             with self._putting:
+                began = time.monotonic()
                 write(self._uri, "".join(line + "\n" for line in self._lines).encode())
                 self._put_at = time.monotonic()
+                self._interval_s = max(self._interval_s, 20 * (self._put_at - began))  # S3 takes the whole text anew
 
     def close(self) -> None:
         self.flush()

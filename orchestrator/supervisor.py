@@ -10,13 +10,13 @@ from dataclasses import asdict
 from typing import Any
 
 from orchestrator import failures, nodes, rollback, storage
-from orchestrator.attempt import Attempt, Command, OnStep
+from orchestrator.attempt import Attempt, Command, OnStep, asked_to_stop, take_back_request
 from orchestrator.capacity import Capacity
 from orchestrator.config import Recipe
 from orchestrator.data.manifest import Manifest, load_manifest
 from orchestrator.data.schedule import Schedule
 from orchestrator.drivers import Driver
-from orchestrator.endings import Evidence, first_line, judge
+from orchestrator.endings import Evidence, first_line, judge, of_storage
 from orchestrator.errors import (
     CheckpointDamaged,
     Interrupted,
@@ -72,35 +72,49 @@ def supervise(run: RunDir, recipe: Recipe, driver: Driver, on_step: OnStep, own_
         Interrupted: it was asked to stop, and its state is committed.
         StorageError: the storage has failed for long, or in a way that does not pass.
     """
+    storage.delete(run.stop_request)
     endings: list[Ending] = []
     waits, known = iter(OUTAGE_S), 0
     while True:
         try:
             return _supervise(run, recipe, driver, on_step, own_cluster, endings)
         except Exception as error:
-            verdict = judge(Evidence(errors={0: error}))
             if len(endings) > known:
                 waits, known = iter(OUTAGE_S), len(endings)
             wait_s = next(waits, None)
-            if verdict.outcome != "storage" or wait_s is None:
+            if not of_storage(error) or wait_s is None:
                 raise
             log.warning(
                 "the supervisor waits for its storage and begins anew in %.0f s: %s", wait_s, first_line(str(error))
             )
-            time.sleep(wait_s)
+            _wait_out(run, wait_s)
+
+
+def _wait_out(run: RunDir, wait_s: float) -> None:
+    """Wait, and look for a request to stop as far as the storage can be asked.
+
+    Raises:
+        Interrupted: there is one.
+    """
+    try:
+        _wait(run, wait_s)
+    except Interrupted:
+        raise
+    except Exception:  # of the storage that is waited for
+        time.sleep(wait_s)
 
 
 def _supervise(
     run: RunDir, recipe: Recipe, driver: Driver, on_step: OnStep, own_cluster: bool, endings: list[Ending]
 ) -> Commit:
     """See `supervise`. It may be left at any point, and begun again."""
-    storage.delete(run.stop_request)
+    take_back_request(run)
     manifest = _checked_manifest(run, recipe)
     with (
         Lease(_wants_copies(run, recipe)) as lease,
         closing(Standby(run, recipe, manifest.vocab_size, lease)) as standby,
     ):
-        capacity = Capacity(run, recipe, lease, own_cluster)
+        capacity = Capacity(run, recipe, lease, driver, own_cluster)
         command = Command(
             run=run, recipe=recipe, driver=driver, lease=lease, capacity=capacity, standby=standby, on_step=on_step
         )
@@ -109,7 +123,7 @@ def _supervise(
             if resume and resume.step >= recipe.train.steps:
                 return resume
             schedule = data_schedule(run, recipe, manifest)
-            chosen = capacity.plan()
+            chosen = capacity.plan(standby.node_ids)
             group, ready = standby.take(chosen)
             if group.examination.found_fault():
                 group.dismiss()
@@ -201,8 +215,9 @@ def _ending(
     if isinstance(cause, SilentCorruption):
         nodes.note_corruption(run, number, cause)
     step = committed[-1] if committed else 0
-    if outcome == "finished" and step < recipe.train.steps:
-        outcome, message = ("yielded", evidence.yielded) if evidence.yielded else ("stopped", "asked to stop")
+    if outcome in ("finished", "yielded") and step < recipe.train.steps:
+        ours = outcome == "yielded" and not asked_to_stop(run)
+        outcome, message = ("yielded", evidence.yielded) if ours else ("stopped", "asked to stop")
     if outcome not in ("finished", "yielded", "stopped"):
         run.write_json(run.attempt_error(number), {"outcome": outcome, "message": message})
     ending = Ending(
@@ -256,8 +271,7 @@ def _act(run: RunDir, recipe: Recipe, ending: Ending, decision: Decision) -> Non
             log.warning("attempt %d ended with %s", ending.attempt, first_line(ending.message))
         if ending.outcome == "spike":
             rollback.roll_back(run, recipe, ending.attempt, ending.failed_step)
-        if ending.outcome == "yielded":
-            storage.delete(run.stop_request)
+        take_back_request(run)
         _wait(run, decision.wait_s)
 
 
@@ -268,7 +282,7 @@ def _wait(run: RunDir, wait_s: float) -> None:
     """
     end = time.monotonic() + wait_s
     while (left_s := end - time.monotonic()) > 0:
-        if storage.exists(run.stop_request):
+        if asked_to_stop(run):
             raise Interrupted("stopped before the next attempt; all is committed", "run the same command")
         time.sleep(min(left_s, 2.0))
 

@@ -6,6 +6,7 @@ know each other. It holds host memory (about 0.4 GB a worker, 0.7 GB for Ray Tra
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -37,6 +38,7 @@ class Examination(threading.Thread):
     def __init__(self, run: RunDir, recipe: Recipe, plan: Plan, lease: Lease) -> None:
         super().__init__(name="preflight", daemon=True)
         fresh = set(plan.node_ids) - lease.examined  # the others train, or have done so
+        self._lease, self._fresh = lease, fresh
         lease.examined |= fresh
         agents = {node: agent for node, agent in lease.agents.items() if node in fresh}
         self._arguments = (run, recipe, plan, agents, lease.device_ids, cluster.hosts())
@@ -50,8 +52,14 @@ class Examination(threading.Thread):
             self._bad = bool(preflight(*self._arguments))
         except Exception as error:  # raised by the caller of found_fault
             self._error = error
+            self._lease.examined -= self._fresh
         finally:
             self.ended.set()
+
+    @property
+    def failed(self) -> bool:
+        """Whether a node was found bad, or the examination came to nothing."""
+        return self._bad or self._error is not None
 
     def found_fault(self) -> bool:
         """Whether a node was put in quarantine; waits for the end.
@@ -100,6 +108,7 @@ class WorkerGroup:
         self.failed_at: float | None = None
         """When the first worker failed or died, in unix seconds."""
         self._slow_for: dict[int, int] = {}
+        self._sent = False
         self._ending_since: float | None = None
         self._fit = _Fit(
             _trainer(run, recipe, vocab_size, plan, self.name, lease.agents, cold),
@@ -137,6 +146,11 @@ class WorkerGroup:
         return len(self.arrived) == self.plan.workers and not self.broken
 
     @property
+    def sound(self) -> bool:
+        """Whether its nodes were examined and found good."""
+        return self.examination.ended.is_set() and not self.examination.failed
+
+    @property
     def lost_nodes(self) -> tuple[str, ...]:
         """Nodes of the group whose agent has ended."""
         return tuple(node for node, _ in self.plan.placement if node in self._lease.lost)
@@ -147,7 +161,7 @@ class WorkerGroup:
 
     def fits(self, plan: Plan) -> bool:
         """Whether its workers stand where a plan wants them."""
-        same = (plan.accelerator, plan.placement) == (self.plan.accelerator, self.plan.placement)
+        same = (plan.accelerator, dict(plan.placement)) == (self.plan.accelerator, dict(self.plan.placement))
         return same and not self.broken
 
     def over(self, patience_s: Callable[[], float]) -> bool:
@@ -166,6 +180,7 @@ class WorkerGroup:
         return known >= self.plan.workers or now > self._ending_since + patience_s()
 
     def go(self, job: Mapping[str, Any]) -> None:
+        self._sent = True
         self._lease.go(self._nodes, self.name, job)
 
     def end(self, timeout_s: float = 10.0) -> None:
@@ -183,6 +198,11 @@ class WorkerGroup:
     def stacks(self) -> dict[int, str]:
         """What the ranks are doing, thread by thread."""
         return self._lease.stacks(self._nodes, self.name)
+
+    @property
+    def busy(self) -> bool:
+        """Whether it was sent off, and has not come to its end."""
+        return self._sent and len(self.finished) < self.plan.workers and not self._fit.ended.is_set()
 
     def dismiss(self) -> None:
         """Send workers home that wait for a job."""
@@ -218,8 +238,9 @@ class _Fit(threading.Thread):
         except Exception as error:  # judged with the agents' reports: this is the one place where it is caught
             self.error = error
         finally:
-            storage.delete(self._folder)
             self.ended.set()
+            with contextlib.suppress(Exception):  # what is left goes with the directory of all groups
+                storage.delete(self._folder)
 
 
 def _trainer(

@@ -6,6 +6,7 @@ waits in C++ for a peer, is seen as well. A process that is stopped cannot answe
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import signal
@@ -64,7 +65,8 @@ class _Question:
         self._before = self._length()
         self._asked = _listens(pid)
         if self._asked:
-            os.kill(pid, SIGNAL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, SIGNAL)
 
     def settled(self) -> bool:
         """Whether the answer is whole, or there will be none."""

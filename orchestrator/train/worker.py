@@ -7,7 +7,10 @@ import json
 import logging
 import os
 import pickle
+import select
+import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -95,6 +98,7 @@ def train_worker(values: dict[str, Any]) -> None:
         beat.mark("parked", 0)
         job = agent.job()
         if job:
+            beat.mark("loading", 0)
             run = RunDir(job.run)
             with _log_file(run, job.attempt, rank):
                 _take_device(job)
@@ -134,7 +138,9 @@ class _Agent:
 
     def register(self) -> str:
         """Returns the folder that it looks in for this worker's beat and stacks."""
-        return str(self._call("register", os.getpid()))
+        folder, pid = self._call("register", os.getpid())
+        threading.Thread(target=_end_with, args=(pid,), name="agent", daemon=True).start()
+        return str(folder)
 
     def job(self) -> Job | None:
         """Wait for it. None: go home."""
@@ -158,6 +164,13 @@ class _Agent:
         import ray
 
         return ray.get(getattr(self._agent, method).remote(*self._who, *args))
+
+
+def _end_with(pid: int) -> None:
+    """End this process when another one does: without the agent nobody would, and the next attempt would meet it."""
+    handle = os.pidfd_open(pid)
+    select.select([handle], [], [])
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def portable(error: BaseException) -> BaseException:
@@ -352,18 +365,26 @@ def _ray_node() -> str:
 
 
 class StopRequest:
-    """Rank 0 looks for the run's stop request, once a second; the others learn of it on the step's collective."""
+    """Rank 0 looks for the run's stop request, beside training; the others learn of it on the step's collective."""
 
     def __init__(self, run: RunDir, rank: int) -> None:
         self._run = run
-        self._rank = rank
-        self._next = 0.0
+        self._found = threading.Event()
+        if rank == 0:
+            threading.Thread(target=self._look, name="stop-request", daemon=True).start()
 
     def requested(self) -> bool:
-        if self._rank != 0 or time.monotonic() < self._next:
-            return False
-        self._next = time.monotonic() + STOP_POLL_S
-        return storage.exists(self._run.stop_request)
+        return self._found.is_set()
+
+    def _look(self) -> None:
+        poll_s = STOP_POLL_S * (3 if storage.is_s3(self._run.uri) else 1)
+        while not self._found.is_set():
+            try:
+                if storage.exists(self._run.stop_request):
+                    self._found.set()
+            except Exception as error:  # training goes on without storage until it saves
+                log.warning("no look for a request to stop: %s", str(error) or type(error).__name__)
+            time.sleep(poll_s)
 
 
 class Recorder:

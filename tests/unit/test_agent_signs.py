@@ -39,7 +39,8 @@ def test_an_agent_sees_what_its_workers_do_and_did_and_leaves_no_file_behind() -
         ):
             stack.callback(worker.kill)  # else a failure would wait for it
             assert worker.stdin and worker.stdout
-            folder = await agent.register("group", 1, worker.pid)
+            folder, agent_pid = await agent.register("group", 1, worker.pid)
+            assert agent_pid == os.getpid(), "with which the worker ends"
             assert await agent.signs("group") == {1: None}, "it has not begun"
             print(folder, file=worker.stdin, flush=True)
             assert worker.stdout.readline() == "ready\n"

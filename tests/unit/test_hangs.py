@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 
 from orchestrator.hangs import Hang, blame, durations, hang, hang_after_s, named
@@ -36,7 +34,7 @@ def sign(phase: Phase, step: int, age_s: float = 100.0) -> Sign:
         (5.0, FLOWING, "data", 5),
         (5.0, FLOWING, "check", 60),
         (500.0, FLOWING, "check", 500),
-        (5.0, FLOWING, "parked", math.inf),
+        (5.0, FLOWING, "parked", 300),
     ],
 )
 def test_a_phase_may_take_as_long_as(
@@ -94,8 +92,13 @@ def test_a_rank_that_gave_no_sign_may_take_as_long_as_a_start() -> None:
     assert hang({0: None, 1: None}, {}, 5.0) is None
 
 
-def test_parked_ranks_never_hang() -> None:
-    assert hang({0: sign("parked", 0, 1e9)}, {}, 1.0) is None
+def test_hours_of_standing_by_are_no_hang_and_a_job_that_is_not_taken_up_is_one() -> None:
+    signs = {0: sign("loading", 0, 0.5), 1: sign("parked", 0, 1e6)}
+    assert hang(signs, {}, None, since_s=10.0) is None
+    stuck = {0: sign("loading", 0, 400.0), 1: sign("parked", 0, 1e6)}
+    found = hang(stuck, {}, None, since_s=400.0)
+    assert found is not None
+    assert (found.ranks, found.seconds) == ((1,), 400.0)
 
 
 def test_phases_are_in_the_order_of_a_step() -> None:

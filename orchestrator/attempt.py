@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator import cluster, nodes, storage
-from orchestrator.capacity import LOOK_ON_S3_S, LOOK_S, Capacity
+from orchestrator.capacity import AGENT_START_BESIDE_S, LOOK_ON_S3_S, LOOK_S, Capacity
 from orchestrator.config import Recipe
 from orchestrator.drivers import Driver
 from orchestrator.elastic import Change
@@ -211,7 +211,7 @@ class Attempt:
         """Once the workers of a change stand ready, or cannot be waited for, ask the present ones to leave."""
         if change.plan is not self._plan and not self._goes_soon():
             try:
-                self._command.capacity.hold(change.plan)
+                self._command.capacity.hold(change.plan, AGENT_START_BESIDE_S)
             except CapacityError as lacking:
                 log.info("attempt %d: %s", self._number, lacking.message)
                 return

@@ -28,8 +28,14 @@ LOOK_S = 2.0
 """Between two looks at the cluster."""
 LOOK_ON_S3_S = 10.0
 """Where a look costs requests: what is known of the nodes is stored with the run."""
+AGENT_START_S = 30.0
+"""How long an agent may take to start on a node that is alive."""
+AGENT_START_BESIDE_S = 8.0
+"""The same while an attempt runs, which is not seen meanwhile."""
 AVOID_S = 15.0
 """How long a node is left out after its agent has ended, or others turned out to have its devices."""
+MOST_AVOID_S = 120.0
+"""The same of devices that others have had again and again."""
 CHANGE_S = 5.0
 """Without a step, for a change whose workers stand ready: a checkpoint, the load, the first batch."""
 OWN_CLUSTER_S = 60.0
@@ -72,6 +78,8 @@ class Capacity:
         self._driver = driver
         self._patience_s = OWN_CLUSTER_S if own_cluster else None
         self._busy: dict[str, float] = {}
+        """Until when nodes are left out whose devices others had (time.monotonic)."""
+        self._busy_times: dict[str, int] = {}
         self._accelerator = ""
         self._past = NOTHING
 
@@ -106,15 +114,17 @@ class Capacity:
                 self._ask_for(0)
                 self._run.log_event("waited", seconds=round(time.monotonic() - began, 3))
 
-    def hold(self, chosen: Plan) -> Plan:
+    def hold(self, chosen: Plan, timeout_s: float = AGENT_START_S) -> Plan:
         """
         Raises:
             CapacityError: others have the devices.
         """
         try:
-            self._lease.hold(chosen, self._recipe.train.cpus_per_worker)
+            self._lease.hold(chosen, self._recipe.train.cpus_per_worker, timeout_s)
         except NodesBusy as busy:
-            self._busy |= dict.fromkeys(busy.node_ids, time.monotonic())
+            for node_id in busy.node_ids:
+                self._busy_times[node_id] = times = self._busy_times.get(node_id, 0) + 1
+                self._busy[node_id] = time.monotonic() + min(AVOID_S * 2.0 ** (times - 1), MOST_AVOID_S)
             raise CapacityError(str(busy), "wait, or free them", missing=str(busy)) from None
         return chosen
 
@@ -151,8 +161,8 @@ class Capacity:
 
     def _best(self, prefer: Collection[str], slow: Collection[str] = ()) -> Plan:
         now = time.monotonic()
-        shunned = {**self._lease.lost, **self._busy}
-        recent = {node for node, since in shunned.items() if now < since + AVOID_S}
+        recent = {node for node, since in self._lease.lost.items() if now < since + AVOID_S}
+        recent |= {node for node, until in self._busy.items() if now < until}
         return make_plan(self._run, self._recipe, {*recent, *cluster.draining(), *slow}, prefer, self._past)
 
     def _ask_for(self, workers: int) -> None:

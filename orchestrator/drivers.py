@@ -97,7 +97,7 @@ class Driver:
         Raises:
             RunFailed: one has.
         """
-        if time.monotonic() - self._beaten > self._pace.silence_s:
+        if time.monotonic() - self._beaten > self._pace.silence_s and not self._beating.locked():
             self._beat()
         if self._taken_over:
             raise RunFailed(f"another driver took over {self._run.uri}: {self._taken_over}", "leave the run to it")

@@ -23,8 +23,6 @@ log = logging.getLogger(__name__)
 
 WORKER_CPUS = 0.01
 """What a worker asks Ray for itself; its agent holds the rest, less this for a worker that stands by."""
-AGENT_START_S = 30.0
-"""How long an agent may take to start on a node that is alive."""
 
 
 ANSWER_S = 3.0
@@ -78,7 +76,7 @@ class Lease:
     def __exit__(self, *_: object) -> None:
         self.keep(())
 
-    def hold(self, plan: Plan, cpus_per_worker: float) -> None:
+    def hold(self, plan: Plan, cpus_per_worker: float, timeout_s: float) -> None:
         """Hold the devices of a plan, besides what is held already.
 
         Raises:
@@ -91,13 +89,13 @@ class Lease:
             if lacking > 0:
                 actor = _agent(node_id, lacking, plan.accelerator, cpus_per_worker, "" if held else self.token)
                 fresh[actor.introduce.remote()] = (node_id, lacking, actor)
-        self._take(fresh)
+        self._take(fresh, timeout_s)
 
-    def _take(self, fresh: dict[Any, tuple[str, int, Any]]) -> None:
+    def _take(self, fresh: dict[Any, tuple[str, int, Any]], timeout_s: float) -> None:
         import ray
 
         answers, missing = list(fresh), []
-        answered, _ = ray.wait(answers, num_returns=len(answers), timeout=AGENT_START_S) if answers else ([], [])
+        answered, _ = ray.wait(answers, num_returns=len(answers), timeout=timeout_s) if answers else ([], [])
         for reference, (node_id, devices, actor) in fresh.items():
             try:
                 found: Introduction | None = ray.get(reference) if reference in answered else None

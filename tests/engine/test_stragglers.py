@@ -36,5 +36,4 @@ def test_the_forward_pass_tells_who_is_slow(measured: dict[str, dict[str, Any]],
 
 def test_under_zero_3_nobody_is_told_apart(measured: dict[str, dict[str, Any]]) -> None:
     """Everybody fetches every layer from everybody."""
-    one, other = measured["ZeRO-3"]["forward_s"]
-    assert one == pytest.approx(other, rel=0.4) and one > DELAY_S
+    assert min(measured["ZeRO-3"]["forward_s"]) > DELAY_S, "who is not delayed waits for who is"

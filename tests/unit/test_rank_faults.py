@@ -94,11 +94,12 @@ def test_a_hanging_rank_stays_and_does_nothing(run: RunDir) -> None:
 
 
 def test_a_slowed_process_gets_a_part_of_the_time_until_it_is_let_go(busy: subprocess.Popen[bytes]) -> None:
+    before = psutil.Process().children(recursive=True)
     slowed = _Slowed(busy.pid, 9.0)
     await_status(busy, psutil.STATUS_STOPPED)
     slowed.end()
     await_status(busy, psutil.STATUS_RUNNING)
-    assert psutil.Process().children(recursive=True) == [psutil.Process(busy.pid)]
+    assert set(psutil.Process().children(recursive=True)) <= set(before)
 
 
 def test_what_slows_a_process_ends_with_it(busy: subprocess.Popen[bytes]) -> None:

@@ -24,6 +24,7 @@ from orchestrator.lease import Lease
 from orchestrator.planning.search import Plan
 from orchestrator.runs import RunDir
 from orchestrator.standby import Standby
+from orchestrator.stop_requests import ask_to_make_way, request_stop
 from orchestrator.worker_group import WorkerGroup
 
 log = logging.getLogger(__name__)
@@ -43,27 +44,6 @@ FULL_MEMORY = 0.9
 """Share of a node's memory in use from which the death of a worker may have been Ray's own doing, which it tells."""
 
 OnStep = Callable[[dict[str, Any]], None]
-
-
-OURS = "supervisor"
-"""Who asks, where it is not a person."""
-
-
-def request_stop(run: RunDir, reason: str) -> None:
-    """Ask a run's workers to commit after the step they are in, and return."""
-    run.write_json(run.stop_request, {"reason": reason, "time": time.time()})
-
-
-def asked_to_stop(run: RunDir) -> bool:
-    """Whether a person has asked the run to stop."""
-    found = run.read_json(run.stop_request)
-    return found is not None and found.get("by") != OURS
-
-
-def take_back_request(run: RunDir) -> None:
-    """Delete a request of the supervisor's, if there is one."""
-    if storage.exists(run.stop_request) and not asked_to_stop(run):
-        storage.delete(run.stop_request)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,9 +198,8 @@ class Attempt:
             self._command.standby.prepare(change.plan)
             if self._command.recipe.train.standby and not self._command.standby.ready(change.plan):
                 return
-        request = {"by": OURS, "attempt": self._number, "reason": change.kind, "time": time.time()}
         self._leaving = True  # also where a person has asked before: then the run stops
-        if storage.create(self._run.stop_request, json.dumps(request).encode()):
+        if ask_to_make_way(self._run, self._number, change.kind):
             if change.kind == "eviction":
                 self._quarantine(change)
             log.info("attempt %d: makes way: %s", self._number, change.reason)

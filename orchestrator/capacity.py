@@ -21,6 +21,7 @@ from orchestrator.planning.past import NOTHING, Past, learned
 from orchestrator.planning.search import Plan, predicted_anew
 from orchestrator.planning.shape import ModelShape, model_shape
 from orchestrator.runs import RunDir
+from orchestrator.stop_requests import asked_to_stop
 
 log = logging.getLogger(__name__)
 
@@ -182,8 +183,7 @@ class Capacity:
         self._lease.poll(0)  # agents that have ended are planned on no more
         if self._patience_s is not None and time.monotonic() > began + self._patience_s:
             raise RunFailed(lacking.message, lacking.hint)
-        found = self._run.read_json(self._run.stop_request)
-        if found is not None:
+        if asked_to_stop(self._run):
             raise Interrupted("stopped while it waited for capacity", "run the same command")
         time.sleep(min(LOOK_S, 0.2 + (time.monotonic() - began) / 10))
         return lacking.missing

@@ -200,8 +200,8 @@ def logs(
 @app.command()
 def stop(run: RunPath) -> None:
     """Ask a run to commit after the step it is in, and end. `terrane run` goes on from there."""
-    from orchestrator.attempt import request_stop
     from orchestrator.runs import find_run
+    from orchestrator.stop_requests import request_stop
 
     request_stop(find_run(run), "terrane stop")
     typer.echo("asked; the workers commit after the step they are in")

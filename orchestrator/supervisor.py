@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from orchestrator import failures, nodes, rollback, storage
-from orchestrator.attempt import Attempt, Command, OnStep, asked_to_stop, take_back_request
+from orchestrator.attempt import Attempt, Command, OnStep
 from orchestrator.capacity import Capacity
 from orchestrator.config import Recipe
 from orchestrator.data.manifest import Manifest, load_manifest
@@ -44,6 +44,7 @@ from orchestrator.resume import (
 )
 from orchestrator.runs import RunDir
 from orchestrator.standby import Standby
+from orchestrator.stop_requests import asked_to_stop, take_back_request
 from orchestrator.train import checkpoints
 from orchestrator.train.checkpoints import Commit
 from orchestrator.train.fragment_memory import Held
@@ -133,6 +134,7 @@ def _supervise(
             copies = lease.copies()
             resume = begin_attempt(run, number, sizes(copies))
             if resume and resume.step >= recipe.train.steps:
+                group.dismiss()
                 return resume
             _record(run, recipe, number, chosen, schedule, resume, ready)
             group.go(_job(command, chosen, number, schedule, resume, copies))

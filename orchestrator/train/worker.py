@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
-import pickle
-import select
-import signal
 import socket
 import threading
 import time
@@ -20,17 +16,19 @@ from typing import Any
 from orchestrator import accelerators, quota, storage
 from orchestrator.config import Recipe
 from orchestrator.data.manifest import Manifest, load_manifest
-from orchestrator.data.schedule import Role, Schedule, Share
+from orchestrator.data.schedule import Role, Schedule
 from orchestrator.errors import UserError
 from orchestrator.evaluation.held_out import HeldOut
 from orchestrator.planning.search import Plan
 from orchestrator.runs import RunDir
 from orchestrator.train import beats, stacks
+from orchestrator.train.agent_line import AgentLine
 from orchestrator.train.beats import Beat
 from orchestrator.train.checkpoints import Commit, Position, Retention
 from orchestrator.train.faults import Faults
 from orchestrator.train.learning_rate import learning_rate
 from orchestrator.train.memory_copies import Copies
+from orchestrator.train.recorder import Recorder
 from orchestrator.train.sample_losses import SampleLosses
 from orchestrator.train.watch import Watch
 
@@ -89,15 +87,17 @@ def train_worker(values: dict[str, Any]) -> None:
     asked to."""
     began = time.time()
     waiting = Waiting(**values)
-    rank, agent = _ray_rank(), _Agent(waiting)
+    rank = _ray_rank()
+    agent = AgentLine(waiting.agents[_ray_node()], waiting.group, rank)
     beat = _signs(agent.register(), rank)
     with agent.told_of_the_end():
         accelerator = accelerators.ACCELERATORS[waiting.accelerator]
         accelerators.prepare_process(accelerator)
         _warm_up(waiting, accelerator)
         beat.mark("parked", 0)
-        job = agent.job()
-        if job:
+        found = agent.job()
+        if found:
+            job = Job(**found)
             beat.mark("loading", 0)
             run = RunDir(job.run)
             with _log_file(run, job.attempt, rank):
@@ -129,61 +129,8 @@ def _take_device(job: Job) -> None:
     torch.cuda.set_device(device)
 
 
-class _Agent:
-    """This worker's line to the agent of its node."""
-
-    def __init__(self, waiting: Waiting) -> None:
-        self._agent = waiting.agents[_ray_node()]
-        self._who = (waiting.group, _ray_rank())
-
-    def register(self) -> str:
-        """Returns the folder that it looks in for this worker's beat and stacks."""
-        folder, pid = self._call("register", os.getpid())
-        threading.Thread(target=_end_with, args=(pid,), name="agent", daemon=True).start()
-        return str(folder)
-
-    def job(self) -> Job | None:
-        """Wait for it. None: go home."""
-        found = self._call("arrive")
-        return Job(**found) if found else None
-
-    @contextlib.contextmanager
-    def told_of_the_end(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException as error:
-            self._call("failed", portable(error))
-            raise
-        self._call("finished")
-
-    def tell_slow(self, ratios: dict[int, float]) -> None:
-        """Which ranks hold up the others, by how much; returns at once."""
-        self._agent.slow.remote(*self._who, ratios)
-
-    def _call(self, method: str, *args: Any) -> Any:
-        import ray
-
-        return ray.get(getattr(self._agent, method).remote(*self._who, *args))
-
-
-def _end_with(pid: int) -> None:
-    """End this process when another one does: without the agent nobody would, and the next attempt would meet it."""
-    handle = os.pidfd_open(pid)
-    select.select([handle], [], [])
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def portable(error: BaseException) -> BaseException:
-    """The error, or its words where it cannot cross process borders."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
-
-
 def _train(
-    job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int, began: float, beat: Beat, agent: _Agent
+    job: Job, recipe: Recipe, plan: Plan, run: RunDir, rank: int, began: float, beat: Beat, agent: AgentLine
 ) -> None:
     from orchestrator.data.stream import stream
     from orchestrator.train.integrity import Integrity, Node
@@ -385,84 +332,6 @@ class StopRequest:
             except Exception as error:  # training goes on without storage until it saves
                 log.warning("no look for a request to stop: %s", str(error) or type(error).__name__)
             time.sleep(poll_s)
-
-
-class Recorder:
-    """Times the parts of every step; rank 0 writes them to the run's metrics."""
-
-    def __init__(self, run: RunDir, attempt: int, rank: int, schedule: Schedule) -> None:
-        self._out = storage.Appender(run.metrics(attempt)) if rank == 0 else None
-        self._schedule = schedule
-        self._started = self._received = self._computed = 0.0
-        self._check_s = 0.0
-        self.compute_s = 0.0
-        """Of the last step."""
-        self.checkpoint_s = 0.0
-        """Since the last record."""
-
-    def timed(self, shares: Iterator[Share]) -> Iterator[Share]:
-        """Time the wait for each."""
-        self._started = time.perf_counter()
-        for share in shares:
-            self._received = time.perf_counter()
-            yield share
-
-    def computed(self) -> None:
-        """The step is made; what comes now is no part of its time."""
-        self._computed = time.perf_counter()
-
-    def record(self, step: int, result: Any, lr: float, held_out_loss: float | None) -> None:
-        now = self._computed
-        self.compute_s = now - self._received
-        tokens = self._schedule.order.batch_size(step) * self._schedule.sequence_length
-        line = {
-            "step": step,
-            "time": time.time(),
-            "loss": result.loss,
-            "grad_norm": result.grad_norm,
-            "lr": lr,
-            "applied": result.applied,
-            "tokens": self._schedule.order.position(step + 1) * self._schedule.sequence_length,
-            "tokens_per_second": tokens / (now - self._started),
-            "step_time_s": now - self._started,
-            "data_s": self._received - self._started,
-            "compute_s": self.compute_s,
-            "checkpoint_s": self.checkpoint_s,
-        }
-        if self._check_s:
-            line["check_s"] = self._check_s
-        self._started, self.checkpoint_s, self._check_s = time.perf_counter(), 0.0, 0.0
-        if held_out_loss is not None:
-            line |= {"held_out_loss": held_out_loss, "evaluation_s": self._started - now}
-        if self._out:
-            self._out.append(json.dumps(line))
-
-    @contextlib.contextmanager
-    def checking(self) -> Iterator[None]:
-        """Time of a check counts to the record of the step after it, and not to its step time."""
-        before = time.perf_counter()
-        yield
-        took_s = time.perf_counter() - before
-        self._check_s += took_s
-        self._started += took_s
-
-    @contextlib.contextmanager
-    def saving(self) -> Iterator[None]:
-        """Time of a checkpoint, likewise."""
-        before = time.perf_counter()
-        yield
-        took_s = time.perf_counter() - before
-        self.checkpoint_s += took_s
-        self._started += took_s
-
-    def flush(self) -> None:
-        """Put what is recorded on storage, where it is not yet. From any thread."""
-        if self._out:
-            self._out.flush()
-
-    def close(self) -> None:
-        if self._out:
-            self._out.close()
 
 
 @contextlib.contextmanager

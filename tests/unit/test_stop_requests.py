@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from orchestrator import storage
-from orchestrator.attempt import OURS, asked_to_stop, request_stop, take_back_request
 from orchestrator.runs import RunDir
+from orchestrator.stop_requests import ask_to_make_way, asked_to_stop, request_stop, take_back_request
 
 
 @pytest.fixture
@@ -17,13 +16,8 @@ def run(tmp_path: Path) -> RunDir:
     return RunDir(str(tmp_path / "run"))
 
 
-def ask(run: RunDir) -> bool:
-    """As the supervisor does, to make room for another plan."""
-    return storage.create(run.stop_request, json.dumps({"by": OURS, "attempt": 1, "reason": "drain"}).encode())
-
-
 def test_the_supervisors_request_ends_with_the_attempt_that_it_was_for(run: RunDir) -> None:
-    assert ask(run)
+    assert ask_to_make_way(run, 1, "drain")
     assert not asked_to_stop(run)
     take_back_request(run)
     assert not storage.exists(run.stop_request)
@@ -31,13 +25,13 @@ def test_the_supervisors_request_ends_with_the_attempt_that_it_was_for(run: RunD
 
 def test_a_persons_request_is_never_taken_back(run: RunDir) -> None:
     request_stop(run, "terrane stop")
-    assert not ask(run), "it is not written over"
+    assert not ask_to_make_way(run, 1, "drain"), "it is not written over"
     take_back_request(run)
     assert asked_to_stop(run)
 
 
 def test_a_person_may_ask_while_the_workers_make_way(run: RunDir) -> None:
-    assert ask(run)
+    assert ask_to_make_way(run, 1, "drain")
     request_stop(run, "Ctrl-C")
     assert asked_to_stop(run)
     take_back_request(run)

@@ -8,7 +8,6 @@ read from S3 is cached there, and what they give goes through its shared memory.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +15,9 @@ from typing import Any
 import numpy as np
 
 from orchestrator.data.schedule import Role, Schedule, Share
-from orchestrator.data.tasks import RETRIES, quiet_ray_data
 from orchestrator.errors import DataOrderError
 
 UNIT_TOKENS = 2**23
-AHEAD_BYTES = 2**26
-"""Of shared memory, for units of one worker that wait there or are on their way."""
 EXECUTION_UNITS = 256
 """Of one Ray Data execution, which takes a millisecond a unit to start; the next one follows it."""
 
@@ -96,45 +92,14 @@ def _verified(block: Any, ids: np.ndarray, unit: _Unit, role: Role) -> np.ndarra
 
 def _blocks(corpus: str, schedule: Schedule, role: Role, units: Sequence[_Unit]) -> Generator[Any, None, None]:
     """One a unit, in order. The first is read here: Ray Data, which brings all others, takes seconds to start."""
-    from orchestrator.data.transport import read_unit
+    from orchestrator.data.transport import Execution, read_unit
 
     if not units:
         return
-    with closing(_transported(corpus, schedule, role, units[1:])) as others, ThreadPoolExecutor(1) as thread:
-        second = thread.submit(next, others, None)
-        yield read_unit(corpus, schedule, role, units[0].steps)
-        if (block := second.result()) is not None:
-            yield block
-        yield from others
-
-
-def _transported(corpus: str, schedule: Schedule, role: Role, units: Sequence[_Unit]) -> Generator[Any, None, None]:
-    """What Ray Data brings for every unit, in order."""
-    import ray
-    from ray.data import DataContext, ExecutionResources
-
-    from orchestrator.data.transport import Pacing, Units, consumer_waits
-
-    quiet_ray_data()
-    context = DataContext.get_current().copy()  # others of this process have their own
-    context.execution_options.preserve_order = True
-    context.execution_options.resource_limits = ExecutionResources(object_store_memory=AHEAD_BYTES)
-    context.execution_options.label_selector = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-    context.target_max_block_size = None  # a unit is one block
-    context.custom_execution_callback_classes = [Pacing]
-    for first in range(0, len(units), EXECUTION_UNITS):
-        steps = [unit.steps for unit in units[first : first + EXECUTION_UNITS]]
-        # No CPU is asked for: a recipe may give every CPU to its workers, and these tasks read a memory map.
-        with DataContext.current(context):
-            dataset = ray.data.read_datasource(
-                Units(corpus, schedule, role, steps),
-                override_num_blocks=len(steps),
-                num_cpus=0,
-                concurrency=min(2, len(steps)),
-                ray_remote_args={"max_retries": RETRIES},  # without it, one that ends its worker is started for ever
-            )
-        with closing(iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))) as blocks:
-            for _ in steps:
-                with consumer_waits():
-                    block = next(blocks)
-                yield block
+    steps = [unit.steps for unit in units]
+    with closing(Execution(corpus, schedule, role, steps[1 : 1 + EXECUTION_UNITS])) as execution:
+        yield read_unit(corpus, schedule, role, steps[0])
+        yield from execution
+    for first in range(1 + EXECUTION_UNITS, len(steps), EXECUTION_UNITS):
+        with closing(Execution(corpus, schedule, role, steps[first : first + EXECUTION_UNITS])) as execution:
+            yield from execution

@@ -17,7 +17,7 @@ from orchestrator.elastic import Change, wanted_change
 from orchestrator.errors import CapacityError, Interrupted, PlanError, RunFailed
 from orchestrator.lease import Lease, NodesBusy
 from orchestrator.nodes import plan_around, with_speeds
-from orchestrator.planning.past import NOTHING, Past, learned
+from orchestrator.planning.past import NOTHING, Past, learned, load_s
 from orchestrator.planning.search import Plan, predicted_anew
 from orchestrator.planning.shape import ModelShape, model_shape
 from orchestrator.runs import RunDir
@@ -37,8 +37,10 @@ AVOID_S = 15.0
 """How long a node is left out after its agent has ended, or others turned out to have its devices."""
 MOST_AVOID_S = 120.0
 """The same of devices that others have had again and again."""
-CHANGE_S = 5.0
+LEAST_CHANGE_S = 5.0
 """Without a step, for a change whose workers stand ready: a checkpoint, the load, the first batch."""
+OF_NO_USE_S = 60.0
+"""How long the same nodes are not thought through anew: with thousands of them that takes seconds."""
 OWN_CLUSTER_S = 60.0
 """How long a cluster that was started for this command alone is given to come back."""
 
@@ -81,6 +83,9 @@ class Capacity:
         self._busy: dict[str, float] = {}
         """Until when nodes are left out whose devices others had (time.monotonic)."""
         self._busy_times: dict[str, int] = {}
+        self._of_no_use: set[str] = set()
+        """Nodes that gave nothing better than the live plan."""
+        self._look_again = 0.0
         self._accelerator = ""
         self._past = NOTHING
 
@@ -137,13 +142,23 @@ class Capacity:
         """
         leaving = cluster.draining()
         nodes = dict(live.placement)
-        if not slow and not nodes.keys() & leaving.keys() and self._nothing_new(nodes):
+        there = {node.id for pool in cluster.node_pools() for node in pool.nodes} - self._avoided()
+        known = there <= nodes.keys() or (there == self._of_no_use and time.monotonic() < self._look_again)
+        if known and not slow and not nodes.keys() & leaving.keys():
             return None
+        change = self._change(live, leaving, step_s, steps_left, slow)
+        self._of_no_use, self._look_again = (set() if change else there), time.monotonic() + OF_NO_USE_S
+        return change
+
+    def _change(
+        self, live: Plan, leaving: Collection[str], step_s: float, steps_left: int, slow: dict[str, float]
+    ) -> Change | None:
+        nodes = dict(live.placement)
         kept = nodes.keys() - slow.keys()
         try:
             candidate = self._best(kept, slow)
         except PlanError as lacking:
-            if nodes.keys() & leaving.keys():
+            if nodes.keys() & set(leaving):
                 return Change(plan=live, kind="drain", reason=f"its nodes will go: {lacking.message}")
             return None
         pools = with_speeds(self._run, cluster.node_pools())
@@ -154,17 +169,17 @@ class Capacity:
             slow=slow,
             step_s=step_s,
             steps_left=steps_left,
-            change_s=CHANGE_S,
+            change_s=max(LEAST_CHANGE_S, 2 * load_s(self._run.events())),  # what is loaded is saved before
         )
 
-    def _nothing_new(self, known: Collection[str]) -> bool:
-        return all(node.id in known for pool in cluster.node_pools() for node in pool.nodes)
-
-    def _best(self, prefer: Collection[str], slow: Collection[str] = ()) -> Plan:
+    def _avoided(self) -> set[str]:
         now = time.monotonic()
         recent = {node for node, since in self._lease.lost.items() if now < since + AVOID_S}
-        recent |= {node for node, until in self._busy.items() if now < until}
-        return make_plan(self._run, self._recipe, {*recent, *cluster.draining(), *slow}, prefer, self._past)
+        return recent | {node for node, until in self._busy.items() if now < until}
+
+    def _best(self, prefer: Collection[str], slow: Collection[str] = ()) -> Plan:
+        without = {*self._avoided(), *cluster.draining(), *slow}
+        return make_plan(self._run, self._recipe, without, prefer, self._past)
 
     def _ask_for(self, workers: int) -> None:
         """Tell an autoscaler, once it is known what devices the run is on."""

@@ -16,8 +16,8 @@ from orchestrator.worker_group import Examination, WorkerGroup
 
 log = logging.getLogger(__name__)
 
-AGAIN_S = 30.0
-"""After a group that came to nothing, before the next is started."""
+AGAIN_S, MOST_AGAIN_S = 30.0, 1800.0
+"""After a group that came to nothing, before the next is started: at first, and when many in a row have."""
 CHANGED_S = 5.0
 """After a group for another plan."""
 MOST = 2
@@ -37,6 +37,8 @@ class Standby:
         self._group: WorkerGroup | None = None
         self._started: list[WorkerGroup] = []
         self._not_before = 0.0
+        self._failed = 0
+        """Groups in a row that came to nothing."""
 
     def prepare(self, plan: Plan) -> None:
         """See that a group for a plan stands ready, or will, if the recipe wants one."""
@@ -45,7 +47,9 @@ class Standby:
         if self._group and self._group.fits(plan):
             return
         if self._group:
-            self._not_before = time.monotonic() + (AGAIN_S if self._group.broken else CHANGED_S)
+            self._failed = self._failed + 1 if self._group.broken else 0
+            again_s = min(AGAIN_S * 2.0 ** (self._failed - 1), MOST_AGAIN_S) if self._failed else CHANGED_S
+            self._not_before = time.monotonic() + again_s
         self.dismiss()
         self._started = [group for group in self._started if not group.unwound(0)]
         if time.monotonic() >= self._not_before and len(self._started) < MOST:
@@ -58,7 +62,7 @@ class Standby:
     def take(self, plan: Plan) -> tuple[WorkerGroup, bool]:
         """The group of the attempt to come, and whether it stands ready; one that stands elsewhere is sent home."""
         if self._group and self._group.fits(plan) and not self._group.examination.failed:
-            group, self._group = self._group, None
+            group, self._group, self._failed = self._group, None, 0
             return group, group.ready
         self.dismiss()
         return self._start(plan, cold=True), False

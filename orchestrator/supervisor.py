@@ -75,34 +75,40 @@ def supervise(run: RunDir, recipe: Recipe, driver: Driver, on_step: OnStep, own_
     """
     storage.delete(run.stop_request)
     endings: list[Ending] = []
-    waits, known = iter(OUTAGE_S), 0
+    outage, known = _Outage(run), 0
     while True:
         try:
             return _supervise(run, recipe, driver, on_step, own_cluster, endings)
         except Exception as error:
             if len(endings) > known:
-                waits, known = iter(OUTAGE_S), len(endings)
-            wait_s = next(waits, None)
-            if not of_storage(error) or wait_s is None:
-                raise
-            log.warning(
-                "the supervisor waits for its storage and begins anew in %.0f s: %s", wait_s, first_line(str(error))
-            )
-            _wait_out(run, wait_s)
+                outage, known = _Outage(run), len(endings)
+            outage.wait(error)
 
 
-def _wait_out(run: RunDir, wait_s: float) -> None:
-    """Wait, and look for a request to stop as far as the storage can be asked.
+class _Outage:
+    """The storage fails; more and more time is left to it between tries."""
 
-    Raises:
-        Interrupted: there is one.
-    """
-    try:
-        _wait(run, wait_s)
-    except Interrupted:
-        raise
-    except Exception:  # of the storage that is waited for
-        time.sleep(wait_s)
+    def __init__(self, run: RunDir) -> None:
+        self._run = run
+        self._waits = iter(OUTAGE_S)
+
+    def wait(self, error: Exception) -> None:
+        """Wait, and look for a request to stop as far as the storage can be asked.
+
+        Raises:
+            Interrupted: there is one.
+            Exception: the error, where it is not of storage, or waiting has not helped.
+        """
+        wait_s = next(self._waits, None)
+        if not of_storage(error) or wait_s is None:
+            raise error
+        log.warning("the supervisor waits for its storage, for %.0f s: %s", wait_s, first_line(str(error)))
+        try:
+            _wait(self._run, wait_s)
+        except Interrupted:
+            raise
+        except Exception:  # of the storage that is waited for
+            time.sleep(wait_s)
 
 
 def _supervise(
@@ -220,8 +226,6 @@ def _ending(
     if outcome in ("finished", "yielded") and step < recipe.train.steps:
         ours = outcome == "yielded" and not asked_to_stop(run)
         outcome, message = ("yielded", evidence.yielded) if ours else ("stopped", "asked to stop")
-    if outcome not in ("finished", "yielded", "stopped"):
-        run.write_json(run.attempt_error(number), {"outcome": outcome, "message": message})
     ending = Ending(
         attempt=number,
         outcome=outcome,
@@ -235,8 +239,21 @@ def _ending(
         failed_at=evidence.failed_at,
         plan=chosen.in_full,
     )
-    run.log_event("attempt_ended", **asdict(ending))
+    _record_ending(run, ending)
     return ending
+
+
+def _record_ending(run: RunDir, ending: Ending) -> None:
+    """However long the storage fails, as when its failure is what has ended the attempt: what follows counts on it."""
+    outage = _Outage(run)
+    while True:
+        try:
+            if ending.outcome not in ("finished", "yielded", "stopped"):
+                error = {"outcome": ending.outcome, "message": ending.message}
+                run.write_json(run.attempt_error(ending.attempt), error)
+            return run.log_event("attempt_ended", **asdict(ending))
+        except Exception as error:
+            outage.wait(error)
 
 
 def _decide(run: RunDir, recipe: Recipe, manifest: Manifest, endings: list[Ending]) -> Decision:

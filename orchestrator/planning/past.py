@@ -40,5 +40,11 @@ def learned(events: Iterable[Mapping[str, Any]]) -> Past:
     return Past(ceilings=ceilings, workers=max(map(_workers, plans.values()), default=0))
 
 
+def load_s(events: Iterable[Mapping[str, Any]]) -> float:
+    """Seconds that the newest attempt's workers took from their job to their state; 0 before there was one."""
+    started = [event for event in events if event["event"] == "worker_started"]
+    return float(started[-1]["loaded"] - started[-1]["began"]) if started else 0.0
+
+
 def _workers(plan: Mapping[str, Any]) -> int:
     return int(plan["data_parallel"] * plan.get("pipeline_stages", 1) * plan.get("tensor_parallel", 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -90,6 +91,6 @@ def test_groups_that_come_to_nothing_are_started_less_and_less_often(
     while clock.now < 1000.0 + 6 * 3600:
         waiting.prepare(plan_on("a"))
         clock.now += 1
-    pauses = [after - before for before, after in zip(started, started[1:], strict=False)]
+    pauses = [after - before for before, after in itertools.pairwise(started)]
     assert pauses[:4] == pytest.approx([31, 61, 121, 241], abs=2)
     assert pauses[-1] == pytest.approx(standby.MOST_AGAIN_S, abs=2)

@@ -90,7 +90,7 @@ class Namespaces:
     def __init__(self) -> None:
         pid = os.getpid()
         self._prefix = f"10.{200 + pid % 50}.{pid // 50 % 250}"
-        self._outside = ""
+        self._outside, self._here = "", f"trn{pid}"
         script = f"ip link add switch type bridge && ip link set switch up && echo {_READY} && exec cat >/dev/null"
         self._process = subprocess.Popen(
             ["unshare", "--net", "sh", "-c", script],
@@ -106,10 +106,9 @@ class Namespaces:
 
     def outside(self) -> str:
         if not self._outside:
-            port, here = "outside", f"trn{os.getpid()}"
-            self.plug(port, here, os.getpid())
-            _run(["ip", "addr", "add", f"{self._prefix}.254/24", "dev", here])
-            _run(["ip", "link", "set", here, "up"])
+            self.plug("outside", self._here, os.getpid())
+            _run(["ip", "addr", "add", f"{self._prefix}.254/24", "dev", self._here])
+            _run(["ip", "link", "set", self._here, "up"])
             self._outside = f"{self._prefix}.254"
         return self._outside
 
@@ -125,6 +124,8 @@ class Namespaces:
         _run(["nsenter", f"--net=/proc/{self._process.pid}/ns/net", *command.split()])
 
     def close(self) -> None:
+        if self._outside:  # the kernel would clear it away with its other end, but later
+            _run(["ip", "link", "del", self._here])
         _end_by_pipe(self._process)
 
 

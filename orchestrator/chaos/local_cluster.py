@@ -113,11 +113,24 @@ class LocalCluster:
         self._hosts[node].mend_link()
 
     def drain(self, node: int, deadline_s: float) -> None:
-        """Announce, as a cloud does of a spot node, that it will be taken."""
+        """Announce, as a cloud does of a spot node, that it will be taken. Of a node that comes or goes at this moment
+        it is told again."""
+        from ray.exceptions import RaySystemError, RpcError
+
         deadline_ms = int((time.time() + deadline_s) * 1000)
-        accepted, reason = self._gcs().drain_node(self.node_id(node), _PREEMPTION, "a fault of the recipe", deadline_ms)
-        if not accepted:
-            raise RunFailed(f"node {node} cannot be drained: {reason}")
+        give_up = time.monotonic() + START_DEADLINE_S
+        while True:
+            try:
+                found = self._gcs().drain_node(self.node_id(node), _PREEMPTION, "a fault of the recipe", deadline_ms)
+                accepted, reason = found
+            except (RaySystemError, RpcError, RunFailed) as error:
+                accepted, reason = False, str(error)
+            if accepted:
+                return
+            if time.monotonic() > give_up:
+                raise RunFailed(f"node {node} cannot be drained: {reason}")
+            self.tend()
+            time.sleep(POLL_S)
 
     def tend(self) -> list[int]:
         """Start the nodes again whose Ray has ended by itself, as after a cut link; returns them. Call it regularly."""

@@ -97,10 +97,15 @@ class Driver:
         Raises:
             RunFailed: one has.
         """
-        if time.monotonic() - self._beaten > self._pace.silence_s and not self._beating.locked():
-            self._beat()
+        if self._is_silent() and self._beating.acquire(timeout=self._pace.silence_s):
+            self._beating.release()
+            if self._is_silent():  # unless the thread has woken up, too, and was first
+                self._beat()
         if self._taken_over:
             raise RunFailed(f"another driver took over {self._run.uri}: {self._taken_over}", "leave the run to it")
+
+    def _is_silent(self) -> bool:
+        return time.monotonic() - self._beaten > self._pace.silence_s
 
     def release(self) -> None:
         """So that the next driver does not wait. Without storage it does."""

@@ -96,7 +96,9 @@ def test_a_driver_that_was_stopped_is_taken_over_and_finds_out_when_it_wakes_up(
         elsewhere(monkeypatch)
         with claim(run, PACE) as second:
             first.send_signal(signal.SIGCONT)
-            assert tell(first).startswith(f"another driver took over {run.uri}: process {os.getpid()} on ")
+            while (told := tell(first)) == "still holds it":  # where its sign of life takes longer than its patience
+                pass
+            assert told.startswith(f"another driver took over {run.uri}: process {os.getpid()} on ")
             second.check()
 
 

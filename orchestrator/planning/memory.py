@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orchestrator.planning.layout import Layout
 from orchestrator.planning.platform import Platform, nominal
@@ -21,7 +21,7 @@ class Memory:
     """Of the micro-batches in flight, and of the block that is computed again."""
     logits: int
     buffers: int
-    """Of communication: what comes from and goes to the neighbouring stages, gradients on their way, fetched weights."""
+    """Of communication: outputs for the next stage, gradients on their way, fetched weights."""
     base: int
     fragmentation: float = 1.0
     """What the allocator holds for each byte in use."""
@@ -67,8 +67,15 @@ def worker_memory(
     micro_batch_size: int,
     accumulation: int,
     sequence_length: int,
+    attention_scores: bool = False,
 ) -> Memory:
-    """Of the worker that needs the most, on devices of which nothing but the kind is known."""
+    """Of the worker that needs the most, on devices of which nothing but the kind is known.
+
+    Args:
+        attention_scores: whether attention keeps them whatever the devices could do.
+    """
+    known = nominal(accelerator)
+    platform = replace(known, keeps_attention_scores=attention_scores or known.keeps_attention_scores)
     load = Load(
         dtype=dtype,
         data_parallel=data_parallel,
@@ -76,7 +83,7 @@ def worker_memory(
         accumulation=accumulation,
         sequence_length=sequence_length,
     )
-    found = memory_by_stage(shape, layout, nominal(accelerator), load, host_memory=accelerator == "cpu")
+    found = memory_by_stage(shape, layout, platform, load, host_memory=accelerator == "cpu")
     return max(found, key=lambda memory: memory.total)
 
 
@@ -159,8 +166,8 @@ def hidden_bytes(shape: ModelShape, load: Load) -> int:
 
 
 def logits_bytes(shape: ModelShape, layout: Layout, load: Load) -> int:
-    """Of a micro-batch: in fp32 the logits, their probabilities and their gradient; in 16 bits the head's output and its
-    gradient, too."""
+    """Of a micro-batch: the logits, their probabilities and their gradient in fp32; in 16 bits the head's output and
+    its gradient beside them."""
     each = 12 if load.dtype == "fp32" else 16
     return each * load.rows * shape.vocab_size // layout.tensor_parallel
 

@@ -1,4 +1,4 @@
-"""What a layout takes on devices that are known: whether it fits, how much memory in each stage, and how long a step is."""
+"""What a layout takes on devices that are known: memory by stage, whether it fits, and the time of a step by phase."""
 
 from __future__ import annotations
 

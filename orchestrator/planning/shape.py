@@ -72,9 +72,9 @@ class OuterParameters:
     tied: bool
     """Whether the head is the embedding."""
     first: int
-    """Elements beside the embedding in the first stage: positions, a projection. Every tensor-parallel rank has them whole."""
+    """Elements beside the embedding in the first stage, whole on every tensor-parallel rank: positions, a projection."""
     last: int
-    """Elements beside the head in the last stage: the last norm, a projection."""
+    """Elements beside the head in the last stage, whole on every rank: the last norm, a projection."""
 
 
 VOCABULARY_MULTIPLE = 128

@@ -50,7 +50,7 @@ def _steady(speed: float, nominal: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """Seconds of an optimizer step. What the slowest stage does in its micro-batches, one after another, then the rest."""
+    """Seconds of an optimizer step: what the slowest stage does in its micro-batches, one by one, and the rest."""
 
     compute: float
     tensor_parallel: float
@@ -98,8 +98,8 @@ def step_time_s(
 
 
 def step_time(shape: ModelShape, layout: Layout, platform: Platform, load: Load, global_batch_size: int) -> StepTime:
-    """A pipeline in 1F1B order takes what every stage does in one micro-batch, and for each further micro-batch what the
-    slowest stage does in it (Narayanan et al., "Efficient Large-Scale Language Model Training on GPU Clusters Using
+    """A pipeline in 1F1B order takes what every stage does in one micro-batch, and for each further one what its
+    slowest stage does (Narayanan et al., "Efficient Large-Scale Language Model Training on GPU Clusters Using
     Megatron-LM", 2021).
 
     Args:
@@ -173,9 +173,7 @@ def _stage_time(
     )
 
 
-def _compute_s(
-    shape: ModelShape, layout: Layout, platform: Platform, load: Load, blocks: int, last: bool
-) -> float:
+def _compute_s(shape: ModelShape, layout: Layout, platform: Platform, load: Load, blocks: int, last: bool) -> float:
     """Of a micro-batch: its matrix products, and its passes over the memory of activations."""
     size, again = layout.tensor_parallel, 4 / 3 if layout.recompute else 1.0
     flops = blocks * block_flops(shape, load) * again + (head_flops(shape, load) if last else 0)

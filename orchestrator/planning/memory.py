@@ -100,12 +100,13 @@ def memory_by_stage(
     Args:
         host_memory: whether devices compute in the memory that states would be offloaded to.
     """
+    block = block_activations(shape, layout, platform, load)
     stages = range(layout.pipeline_stages)
-    return tuple(_stage_memory(shape, layout, platform, load, stage, host_memory) for stage in stages)
+    return tuple(_stage_memory(shape, layout, platform, load, stage, block, host_memory) for stage in stages)
 
 
 def _stage_memory(
-    shape: ModelShape, layout: Layout, platform: Platform, load: Load, stage: int, host_memory: bool
+    shape: ModelShape, layout: Layout, platform: Platform, load: Load, stage: int, block: float, host_memory: bool
 ) -> Memory:
     size, blocks = layout.tensor_parallel, layout.layers_per_stage[stage]
     last = stage == layout.pipeline_stages - 1
@@ -113,7 +114,6 @@ def _stage_memory(
     split = [load.data_parallel if layout.zero_stage >= level else 1 for level in (1, 2, 3)]
     gradient, optimizer = _state_bytes(platform, layout, load)
     in_flight = min(layout.pipeline_stages - stage, load.accumulation)
-    block = block_activations(shape, layout, platform, load)
     kept = _kept_of_a_block(shape, layout, load) if layout.recompute else block
     held = in_flight * blocks * kept + (block if layout.recompute else 0)
     return Memory(

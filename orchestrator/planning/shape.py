@@ -72,7 +72,7 @@ class OuterParameters:
     tied: bool
     """Whether the head is the embedding."""
     first: int
-    """Elements beside the embedding in the first stage, whole on every tensor-parallel rank: positions, a projection."""
+    """Elements beside the embedding in the first stage, whole on every rank: positions, a projection."""
     last: int
     """Elements beside the head in the last stage, whole on every rank: the last norm, a projection."""
 

@@ -4,6 +4,7 @@ platform does, and what preflight measured takes the place of nominal speeds."""
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, fields, replace
 
 from orchestrator.accelerators import ACCELERATORS, NodePool
@@ -106,8 +107,10 @@ def step_time(shape: ModelShape, layout: Layout, platform: Platform, load: Load,
         global_batch_size: sequences; micro-batches are smaller where they do not divide it.
     """
     filled = global_batch_size / (load.data_parallel * load.accumulation * load.micro_batch_size)
-    stages = [_stage_time(shape, layout, platform, load, stage, filled) for stage in range(layout.pipeline_stages)]
-    slowest = max(stages, key=lambda stage: stage.total)
+    blocks, last = layout.layers_per_stage, layout.pipeline_stages - 1
+    alike = Counter((of_stage, stage == 0, stage == last) for stage, of_stage in enumerate(blocks))
+    stages = {kind: _stage_time(shape, layout, platform, load, filled, *kind) for kind in alike}
+    slowest = max(stages.values(), key=lambda stage: stage.total)
     count = load.accumulation
     return StepTime(
         compute=count * slowest.compute,
@@ -115,10 +118,10 @@ def step_time(shape: ModelShape, layout: Layout, platform: Platform, load: Load,
         pipeline=count * slowest.pipeline,
         fetch=count * slowest.fetch,
         overhead=count * slowest.overhead,
-        bubble=sum(stage.total for stage in stages) - slowest.total,
-        data_parallel=max(stage.data_parallel for stage in stages),
-        offload=max(stage.offload for stage in stages),
-        update=max(stage.update for stage in stages),
+        bubble=sum(number * stages[kind].total for kind, number in alike.items()) - slowest.total,
+        data_parallel=max(stage.data_parallel for stage in stages.values()),
+        offload=max(stage.offload for stage in stages.values()),
+        update=max(stage.update for stage in stages.values()),
     )
 
 
@@ -142,14 +145,20 @@ class _StageTime:
 
 
 def _stage_time(
-    shape: ModelShape, layout: Layout, platform: Platform, load: Load, stage: int, filled: float
+    shape: ModelShape,
+    layout: Layout,
+    platform: Platform,
+    load: Load,
+    filled: float,
+    blocks: int,
+    first: bool,
+    last: bool,
 ) -> _StageTime:
     """
     Args:
         filled: share of a micro-batch that there are sequences for.
     """
-    size, blocks = layout.tensor_parallel, layout.layers_per_stage[stage]
-    first, last = stage == 0, stage == layout.pipeline_stages - 1
+    size = layout.tensor_parallel
     parameters = shape.rank_parameters(blocks, first=first, last=last, tensor_parallel=size)
     replicas, hidden = load.data_parallel, filled * hidden_bytes(shape, load)
     tensor, data = _Link.of(platform, size), _Link.of(platform, size * replicas)
@@ -162,9 +171,7 @@ def _stage_time(
     return _StageTime(
         compute=_compute_s(shape, layout, platform, load, blocks, last) * filled,
         tensor_parallel=reductions * 2 * tensor.pass_s(size, hidden),
-        pipeline=2 * ((not first) + (not last)) * (hidden / neighbours.bytes_per_s + neighbours.latency_s)
-        if layout.pipeline_stages > 1
-        else 0.0,
+        pipeline=2 * ((not first) + (not last)) * (hidden / neighbours.bytes_per_s + neighbours.latency_s),
         fetch=3 * data.pass_s(replicas, weights) if split else 0.0,
         overhead=platform.micro_batch_overhead_s + (blocks + first + last) * platform.layer_overhead_s,
         data_parallel=0.0 if split else 2 * data.pass_s(replicas, weights),

@@ -88,8 +88,10 @@ class Device(Section):
     micro_batch_overhead_us: float = Field(default=1000.0, ge=0)
     base_memory_gib: float = Field(default=1.2, ge=0)
     fragmentation: float = Field(default=1.08, ge=1)
+    """What the allocator holds for each byte in use: 1.05 to 1.10 is usual."""
     keeps_attention_scores: bool = False
     bucket_elements: int = Field(default=200_000_000, ge=0)
+    """Of each buffer that gradients are reduced in: the engine's own size, unless another engine runs."""
     bytes_per_parameter: Positive | None = None
     gradient_bytes: Positive | None = None
     price_per_device_hour: float | None = Field(default=None, ge=0)
@@ -97,13 +99,17 @@ class Device(Section):
     node_mtbf_hours: Positive | None = None
     """Mean time between failures that take a node out of the cluster."""
     sources: dict[str, str] = Field(default_factory=dict)
-    """Where each figure is from, by its key."""
+    """Where each figure is from, by its key; `*` is for those that it does not name."""
 
     @model_validator(mode="after")
     def _sources_are_of_figures(self) -> Self:
-        if unknown := set(self.sources) - set(type(self).model_fields):
+        if unknown := set(self.sources) - set(type(self).model_fields) - {"*"}:
             raise ValueError(f"sources names {', '.join(sorted(unknown))}, which is no figure of a device")
         return self
+
+    def source(self, figure: str) -> str:
+        """Of one figure; empty where nobody has told."""
+        return self.sources.get(figure) or self.sources.get("*", "")
 
     @property
     def memory_bytes(self) -> int | None:

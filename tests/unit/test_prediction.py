@@ -178,18 +178,29 @@ ON_192_DEVICES = 448
 
 @pytest.mark.parametrize("zero_stage", [0, 1])
 @pytest.mark.parametrize(
-    ("tried", "fits"),
+    ("tensor_parallel", "stages", "replicas", "micro_batch_size", "batch", "sequence_parallel", "fits"),
     [
-        ((8, 12, 2, 2, ON_192_DEVICES), True),
-        ((4, 24, 2, 2, ON_192_DEVICES), False),
-        ((4, 48, 1, 2, ON_192_DEVICES), False),
-        ((4, 48, 1, 1, ON_192_DEVICES), True),
-        ((4, 16, 32, 1, 4096, True), True),
-        ((4, 16, 32, 1, 4096, False), True),
+        (8, 12, 2, 2, ON_192_DEVICES, False, True),
+        (4, 24, 2, 2, ON_192_DEVICES, False, False),
+        (4, 48, 1, 2, ON_192_DEVICES, False, False),
+        (4, 48, 1, 1, ON_192_DEVICES, False, True),
+        (4, 16, 32, 1, 4096, True, True),
+        (4, 16, 32, 1, 4096, False, True),
     ],
 )
-def test_layouts_of_geogalactica_fit_where_they_ran(tried: tuple[Any, ...], fits: bool, zero_stage: int) -> None:
-    found = geogalactica(*tried, zero_stage=zero_stage)
+def test_layouts_of_geogalactica_fit_where_they_ran(
+    tensor_parallel: int,
+    stages: int,
+    replicas: int,
+    micro_batch_size: int,
+    batch: int,
+    sequence_parallel: bool,
+    fits: bool,
+    zero_stage: int,
+) -> None:
+    found = geogalactica(
+        tensor_parallel, stages, replicas, micro_batch_size, batch, sequence_parallel, zero_stage=zero_stage
+    )
     assert found.fits is fits, found.reason
     assert found.reason.startswith("fits: stage 0 of" if fits else "does not fit: stage 0 of")
 

@@ -279,6 +279,7 @@ class _Search:
             micro_batch_size=micro_batch_size,
             accumulation=math.ceil(share / micro_batch_size),
             sequence_length=self.train.sequence_length,
+            attention_scores=self.train.attention == "eager",
         )
 
     def _plan(self, layout: Layout, replicas: int, share: int, micro_batch_size: int) -> Plan:

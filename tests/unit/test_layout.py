@@ -12,7 +12,7 @@ from orchestrator.accelerators import Node, NodePool
 from orchestrator.config import Recipe
 from orchestrator.errors import PlanError
 from orchestrator.planning.layout import Layout, layout_of
-from orchestrator.planning.memory import Memory, worker_memory
+from orchestrator.planning.memory import Load, Memory, memory_by_stage, worker_memory
 from orchestrator.planning.search import Plan, plan
 from orchestrator.planning.shape import ModelShape, model_shape
 from orchestrator.planning.throughput import PLATFORMS, step_time_s
@@ -269,11 +269,18 @@ def test_tensor_parallelism_halves_weights_and_logits_but_not_all_activations() 
     assert one.activations / 2 < two.activations < one.activations
 
 
+def stages(accumulation: int = 4, **asked: Any) -> tuple[Memory, ...]:
+    load = Load(dtype="bf16", data_parallel=4, micro_batch_size=2, accumulation=accumulation, sequence_length=512)
+    return memory_by_stage(SHAPE, layout("bf16", zero_stage=1, **asked), PLATFORMS["cuda"], load)
+
+
 def test_a_pipeline_holds_fewer_weights_and_the_activations_of_as_many_micro_batches() -> None:
-    one, two = memory(zero_stage=1), memory(zero_stage=1, pipeline_stages=2)
-    assert two.weights < one.weights
-    assert two.activations == one.activations, "half the layers, two micro-batches"
-    assert memory(zero_stage=1, pipeline_stages=2, accumulation=1).activations == one.activations // 2
+    (one,), (first, last) = stages(), stages(pipeline_stages=2)
+    assert first.weights < one.weights
+    assert first.activations == one.activations, "half the layers, two micro-batches"
+    assert last.activations == one.activations // 2, "which the last stage hands back at once"
+    assert stages(pipeline_stages=2, accumulation=1)[0].activations == one.activations // 2
+    assert (one.logits, first.logits, last.logits) == (last.logits, 0, one.logits)
 
 
 def test_the_stage_with_most_layers_decides() -> None:

@@ -17,6 +17,8 @@ from orchestrator.errors import CapacityError, PlanError, UserError
 from orchestrator.planning.layout import layout_of
 from orchestrator.planning.memory import worker_memory
 from orchestrator.planning.past import NOTHING, Past, learned
+from orchestrator.planning.platform import nominal
+from orchestrator.planning.prediction import predict
 from orchestrator.planning.search import Plan, plan, predicted_anew
 from orchestrator.planning.shape import ModelShape
 from orchestrator.planning.throughput import PLATFORMS, platform_of, step_time_s
@@ -215,6 +217,25 @@ def test_more_devices_take_less_time() -> None:
         for n in (1, 2, 4)
     ]
     assert times == sorted(times, reverse=True)
+
+
+def test_the_live_planner_predicts_as_everybody_else() -> None:
+    for devices, accelerator in ((pool(), "cpu"), (pool("cuda", gpus=4, gib=80), "cuda")):
+        found = plan(recipe(), SMALL, [devices])
+        again = predict(
+            SMALL,
+            found.layout,
+            nominal(accelerator),
+            available_bytes=found.available_bytes,
+            dtype=found.dtype,
+            data_parallel=found.data_parallel,
+            micro_batch_size=found.micro_batch_size,
+            global_batch_size=16,
+            sequence_length=256,
+            host_memory=accelerator == "cpu",
+        )
+        assert (again.fits, again.peak_memory_bytes) == (True, found.memory_bytes)
+        assert again.step.total == pytest.approx(found.step_time_s)
 
 
 # --- memory that was not what was predicted ---------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from orchestrator.planning.shape import shape_of
 from orchestrator.train.models import meta_model, parameter_shapes
 from orchestrator.train.stage import NOT_A_TARGET, Stage, document_numbers
 from orchestrator.train.tensor_parallel import VOCABULARY_MULTIPLE, TensorGroup
@@ -24,6 +25,16 @@ def stages(family: str, number: int, ranks: int = 1, **values: Any) -> list[Stag
     groups = [TensorGroup(None, rank, ranks) for rank in range(ranks)]
     made = itertools.product(CUTS[number], groups)
     return [Stage(configuration(family), cut, dtype=torch.float32, tensor=group, **values) for cut, group in made]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("number", "ranks"), [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2)])
+def test_the_planner_counts_exactly_what_a_rank_holds(family: str, number: int, ranks: int) -> None:
+    shape = shape_of(configuration(family).to_dict())
+    for stage in stages(family, number, ranks):
+        held = sum(parameter.numel() for parameter in stage.parameters())
+        counted = shape.rank_parameters(len(stage.blocks), first=stage.first, last=stage.last, tensor_parallel=ranks)
+        assert counted == held, (family, stage.first, stage.last)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

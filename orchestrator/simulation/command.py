@@ -85,12 +85,12 @@ def answer(recipe: Recipe, cluster: Cluster, options: Options) -> Answer:
     """
     scenario = scenario_of(recipe, cluster, options)
     count, seed = options.replications, options.seed
-    spares, tried = experiments.worth_sparing(scenario, max(count // 2, 2), seed)
+    spares, tried = experiments.worth_sparing(scenario, count, seed)
     return Answer(
         scenario=scenario,
         inputs=_inputs(scenario, cluster, options),
         forecast=experiments.forecast(scenario, count, seed),
-        best_interval=experiments.best_interval(scenario, max(count // 2, 2), seed),
+        best_interval=experiments.best_interval(scenario, count, seed),
         spares=spares,
         spares_tried=tried,
         unplayed=unplayed(recipe.faults) if options.faults else (),

@@ -169,6 +169,7 @@ class IslandRun:
     def _stop(self, cause: Cause) -> int:
         """Returns the last step that was done."""
         self._live = False
+        self._run.settle()
         step = int(self._run.progress.done + 1e-9)
         if self.training:
             self._run.leaves(self, lossless=cause.planned)
@@ -273,7 +274,7 @@ class IslandRun:
         if self.training and self._began_s == began_s and self.there > self.used:
             more = min(self.there, self.island.nodes)
             share = self.island.step_s(more) / self.step_s
-            if elastic.pays(share, self._run.left_s, (self._costs.standby or self._costs.cold).total_s):
+            if elastic.pays(share, self._run.left_s(), (self._costs.standby or self._costs.cold).total_s):
                 self.strikes(Cause(outcome="yielded", planned=True))
 
     def _told(self) -> None:
@@ -335,7 +336,7 @@ class IslandRun:
             return False
         drag = max((factor for other, factor in self._slow.items() if other != number), default=1.0)
         share = self.island.step_s(left) * drag / self.step_s
-        return elastic.pays(share, self._run.left_s, (self._costs.standby or self._costs.cold).total_s)
+        return elastic.pays(share, self._run.left_s(), (self._costs.standby or self._costs.cold).total_s)
 
     # --- a fault script -----------------------------------------------------------------------------------------------
 

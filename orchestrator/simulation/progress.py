@@ -8,24 +8,32 @@ work, the saves among them too, as in the ledger of a real run (`goodput`).
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 
 from orchestrator.goodput import Kind
 from orchestrator.simulation.scenario import Costs
 
+STEADY_SHARE = 0.02
+"""Of the time of a run, for which the estimate of how often it fails is taken to stay the same."""
 _EXACT_S = 1e-7
 """Times nearer to each other are the same: sums of floating-point numbers are no better after months."""
 
 
 class Progress:
     def __init__(
-        self, steps: int, costs: Costs, every: int | None = None, interval_s: Callable[[float], float] | None = None
+        self,
+        steps: int,
+        costs: Costs,
+        every: int | None = None,
+        interval_s: Callable[[float], float] | None = None,
+        steady: bool = False,
     ) -> None:
         """
         Args:
             every: steps from one save to the next. Without it:
             interval_s: seconds of training from one save to the next, asked for at a time of the run.
+            steady: whether that is the same at any time.
         """
         assert (every is None) != (interval_s is None)
         self.steps = steps
@@ -34,10 +42,10 @@ class Progress:
         self.committed = 0
         """Step that a failure goes back to."""
         self.saves = 0
-        self.seconds: Counter[Kind] = Counter()
+        self.seconds: dict[Kind, float] = defaultdict(float)
         """That have been decided."""
         self._costs = costs
-        self._every, self._interval_s = every, interval_s
+        self._every, self._interval_s, self._steady = every, interval_s, steady
         self._now = 0.0
         self._since_save_s = 0.0
         self._saved = 0
@@ -49,8 +57,8 @@ class Progress:
         """Step of the save that is being written."""
         self._asked: int | None = None
         """Step to save at, whatever the interval."""
-        self._at_risk: Counter[Kind] = Counter()
-        self._safe_with_pending: Counter[Kind] = Counter()
+        self._at_risk: dict[Kind, float] = defaultdict(float)
+        self._safe_with_pending: dict[Kind, float] = defaultdict(float)
 
     @property
     def finished(self) -> bool:
@@ -67,6 +75,9 @@ class Progress:
         self._now = now
         whole_s = step_s + self._costs.data_wait_s
         while seconds > _EXACT_S and not self.finished:
+            skipped = self._whole_cycles(seconds, step_s, weight)
+            seconds -= skipped
+            self._now += skipped
             if self._saving_s:
                 spent = self._stand_still(seconds, weight)
             elif self.done >= self.steps:
@@ -131,9 +142,42 @@ class Progress:
 
     def close(self) -> None:
         """What is at risk stands, since the run ends here."""
-        self.seconds += self._safe_with_pending + self._at_risk
+        _pour(self._safe_with_pending, self.seconds)
+        _pour(self._at_risk, self.seconds)
 
     # --- a piece of time ----------------------------------------------------------------------------------------------
+
+    def _whole_cycles(self, seconds: float, step_s: float, weight: float) -> float:
+        """Pass over cycles of steps and a save that are all alike, in one go. Returns the seconds that they take.
+
+        An interval that is asked for anew at every save counts as the same for 2 % of the run's time.
+        """
+        if self.done != self._saved or self.done >= self.steps or self._saving_s or self._asked is not None:
+            return 0.0
+        if self._interval_s and not self._steady:
+            seconds = min(seconds, STEADY_SHARE * self._now)
+        whole_s = step_s + self._costs.data_wait_s
+        each = self._target(whole_s) - self._saved
+        if (self._every and each != self._every) or each * whole_s < self._costs.write_s:
+            return 0.0
+        cycle_s = each * whole_s + self._costs.checkpoint_s
+        count = min(int(seconds / cycle_s), (self.steps - self._saved - 1) // each) - 1
+        if count < 2:
+            return 0.0
+        self._write(math.inf)  # what is being written is committed before the next save begins
+        cycle: dict[Kind, float] = {
+            "productive": each * step_s,
+            "data_wait": each * self._costs.data_wait_s,
+            "checkpoint": self._costs.checkpoint_s,
+        }
+        for kind, cycle_part in cycle.items():
+            self.seconds[kind] += (count - 1) * cycle_part * weight
+            self._at_risk[kind] += cycle_part * weight
+        self.committed = self._saved + (count - 1) * each
+        self.saves += count - 1
+        self.done = float(self._saved + count * each)
+        self._begin_to_write()
+        return count * cycle_s
 
     def _step(self, seconds: float, step_s: float) -> float:
         target = self._target(step_s)
@@ -158,8 +202,7 @@ class Progress:
         return spent
 
     def _begin_to_write(self) -> None:
-        self._safe_with_pending += self._at_risk
-        self._at_risk.clear()
+        _pour(self._at_risk, self._safe_with_pending)
         self._saved = self._pending = round(self.done)
         self._written_next = False
         self._asked = None
@@ -175,8 +218,7 @@ class Progress:
             self.committed, self._pending = self._pending, None
             self._writing_s = 0.0
             self.saves += 1
-            self.seconds += self._safe_with_pending
-            self._safe_with_pending.clear()
+            _pour(self._safe_with_pending, self.seconds)
 
     def _target(self, step_s: float) -> int:
         """The step after which the next save begins."""
@@ -191,3 +233,9 @@ class Progress:
             assert self._interval_s
             due = round(self.done + (self._interval_s(self._now) - self._since_save_s) / step_s)
         return min(max(first, due), self.steps)
+
+
+def _pour(one: dict[Kind, float], other: dict[Kind, float]) -> None:
+    for kind, seconds in one.items():
+        other[kind] += seconds
+    one.clear()

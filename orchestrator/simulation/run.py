@@ -67,6 +67,7 @@ class Run:
             scenario.costs,
             every=every if isinstance(every, int) else None,
             interval_s=None if isinstance(every, int) else self._interval_s,
+            steady=scenario.interval_s is not None,
         )
         self._failures = 0
         self._endings: Counter[str] = Counter()
@@ -97,7 +98,7 @@ class Run:
         hours = {one: one.node_s / HOUR_S * one.island.devices_per_node for one in self._islands}
         return Result(
             wall_s=self.env.now + closing_s,
-            seconds={kind: s for kind, s in self.progress.seconds.most_common() if s > 0},
+            seconds={kind: s for kind, s in sorted(self.progress.seconds.items(), key=lambda item: -item[1]) if s > 0},
             steps=self.progress.committed,
             endings=dict(self._endings),
             saves=self.progress.saves,
@@ -129,9 +130,9 @@ class Run:
         together = 1 / sum(1 / one.step_s for one in training)
         return together + (self.scenario.exchange_s if len(training) > 1 else 0.0)
 
-    @property
     def left_s(self) -> float:
-        """Until the last step, as things are."""
+        """Seconds until the last step, as things are."""
+        self.settle()
         return (self.scenario.steps - self.progress.done) * self.step_s if self._training else 0.0
 
     @property
@@ -183,7 +184,7 @@ class Run:
         if scenario.interval_s:
             return scenario.interval_s
         cost_s = scenario.costs.checkpoint_s if self.progress.saves else None
-        observed_s = now - self.progress.seconds["waiting"]
+        observed_s = now - self.progress.seconds.get("waiting", 0.0)
         return checkpointing.interval_s(cost_s, checkpointing.mtbf_s(self._failures, observed_s))
 
     # --- what waits for a step ----------------------------------------------------------------------------------------

@@ -51,6 +51,17 @@ class Spot(Section):
     """Mean time until another node takes the place."""
 
 
+class Stragglers(Section):
+    """Nodes that compute more slowly for a time."""
+
+    mtbf_hours: Positive
+    """Mean time between two such times of one node."""
+    factor: float = Field(gt=1)
+    """How many times as long its steps take then."""
+    mean_hours: Positive = 1.0
+    """How long it stays so."""
+
+
 class Pool(Section):
     """Nodes with like devices, between which a plan may stretch."""
 
@@ -75,6 +86,7 @@ class Pool(Section):
     repair_hours: Positive = 24.0
     """Mean time until a failed node, or another in its place, is back."""
     spot: Spot | None = None
+    stragglers: Stragglers | None = None
 
     @property
     def devices(self) -> int:
@@ -130,7 +142,13 @@ def required(pool: Pool, key: str, what_for: str) -> Any:
     return value
 
 
-_SECTIONS: Mapping[str, type[Section]] = {"pools": Pool, "links": Links, "spot": Spot, "storage": StorageSpeed}
+_SECTIONS: Mapping[str, type[Section]] = {
+    "pools": Pool,
+    "links": Links,
+    "spot": Spot,
+    "stragglers": Stragglers,
+    "storage": StorageSpeed,
+}
 
 
 def _explain(document: Document, error: ValidationError) -> UserError:

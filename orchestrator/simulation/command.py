@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -24,6 +25,7 @@ from orchestrator.simulation.scenario import (
     Reclaims,
     Restart,
     Scenario,
+    Slowdowns,
     StepTime,
     scaled,
 )
@@ -101,12 +103,16 @@ def answer(recipe: Recipe, cluster: Cluster, options: Options) -> Answer:
 
 
 def scenario_of(recipe: Recipe, cluster: Cluster, options: Options) -> Scenario:
-    """Each pool of the cluster is an island."""
+    """Each pool of the cluster is an island, with its share of the recipe's workers."""
     pools = [_as_told(pool, options) for pool in cluster.pools]
-    if not options.faults and all(not (p.mtbf_hours or p.process_mtbf_hours or p.spot) for p in pools):
+    needed, there = recipe.train.workers.min, sum(pool.devices for pool in pools)
+    if needed > there:
+        message = f"train.workers.min={needed} is more than the {there} devices of the cluster file"
+        raise UserError(message, f"ask for {there} or fewer, or add nodes")
+    if not options.faults and all(not (p.mtbf_hours or p.process_mtbf_hours or p.spot or p.stragglers) for p in pools):
         raise UserError("nothing fails in this cluster", "give --mtbf-hours, or mtbf_hours of its pools")
     speeds = _speeds(recipe, pools, options)
-    islands = tuple(_island(recipe, pool, step_s) for pool, step_s in zip(pools, speeds, strict=True))
+    islands = tuple(_island(recipe, pool, there, step_s) for pool, step_s in zip(pools, speeds, strict=True))
     devices = sum(island.nodes * island.devices_per_node for island in islands)
     scenario = Scenario(
         islands=islands,
@@ -131,27 +137,34 @@ def _as_told(pool: Pool, options: Options) -> Pool:
 def _speeds(recipe: Recipe, pools: Sequence[Pool], options: Options) -> list[StepTime]:
     if options.step_time_s is None:
         return [planned_step_s(recipe, pool) for pool in pools]
-    devices = sum(pool.devices for pool in pools)
-    return [scaled(options.step_time_s * devices / pool.devices, _used(recipe, pool)) for pool in pools]
+    there = sum(pool.devices for pool in pools)
+    most = [_nodes(recipe.train.workers.max, pool, there) for pool in pools]
+    return [scaled(options.step_time_s * there / pool.devices, nodes) for pool, nodes in zip(pools, most, strict=True)]
 
 
-def _used(recipe: Recipe, pool: Pool) -> int:
-    """Nodes that a recipe's workers take."""
-    return min(pool.nodes, -(-recipe.train.workers.max // pool.devices_per_node))
+def _nodes(workers: int, pool: Pool, devices: int) -> int:
+    """Nodes of a pool that take its share of so many workers.
+
+    Args:
+        devices: of all pools.
+    """
+    share = workers * pool.devices / devices
+    return min(pool.nodes, max(math.ceil(share / pool.devices_per_node - 1e-9), 1))
 
 
-def _island(recipe: Recipe, pool: Pool, step_s: StepTime) -> Island:
-    workers, nodes = recipe.train.workers, _used(recipe, pool)
-    fewest = -(-max(workers.min, recipe.train.layout.devices) // pool.devices_per_node)
-    if fewest > nodes:
-        message = f"train.workers.min={workers.min} takes {fewest} nodes, pool {pool.name} has {pool.nodes}"
-        raise UserError(message, f"give workers of {pool.devices} or fewer, or more nodes")
+def _island(recipe: Recipe, pool: Pool, devices: int, step_s: StepTime) -> Island:
+    """
+    Args:
+        devices: of all pools.
+    """
+    workers, one_replica = recipe.train.workers, recipe.train.layout.devices
+    nodes = _nodes(workers.max, pool, devices)
+    fewest = max(_nodes(workers.min, pool, devices), min(math.ceil(one_replica / pool.devices_per_node), nodes))
     hazards = []
     if pool.mtbf_hours:
         hazards.append(Hazard(outcome="node_lost", mtbf_hours=pool.mtbf_hours, takes_node=True))
     if pool.process_mtbf_hours:
         hazards.append(Hazard(outcome="worker_lost", mtbf_hours=pool.process_mtbf_hours))
-    spot = pool.spot
     return Island(
         name=pool.name,
         nodes=nodes,
@@ -162,9 +175,16 @@ def _island(recipe: Recipe, pool: Pool, step_s: StepTime) -> Island:
         step_s=step_s,
         hazards=tuple(hazards),
         repair_hours=pool.repair_hours,
-        reclaims=spot
-        and Reclaims(mean_hours=spot.reclaimed_after_hours, notice_s=spot.notice_s, back_hours=spot.back_after_hours),
+        reclaims=_reclaims(pool),
+        slowdowns=Slowdowns(**pool.stragglers.model_dump()) if pool.stragglers else None,
     )
+
+
+def _reclaims(pool: Pool) -> Reclaims | None:
+    if pool.spot is None:
+        return None
+    spot = pool.spot
+    return Reclaims(mean_hours=spot.reclaimed_after_hours, notice_s=spot.notice_s, back_hours=spot.back_after_hours)
 
 
 def _costs(recipe: Recipe, cluster: Cluster, options: Options, devices: int) -> Costs:

@@ -33,8 +33,8 @@ class Cause:
     outcome: str
     planned: bool = False
     """It commits first."""
-    standby: bool = True
-    """Whether workers that stand by are of use to the attempt after it."""
+    standby: bool | None = None
+    """Whether workers that stand by serve the attempt after it; None: if they are ready."""
 
 
 class IslandRun:
@@ -114,7 +114,7 @@ class IslandRun:
                 yield from self._start(restart)
                 yield from self._train()
             except simpy.Interrupt as interrupt:
-                cause = interrupt.cause
+                cause = cast("Cause", interrupt.cause)
             restart = self._restart_after(cause)
             step = self._stop(cause)
             yield from self._spend("detection", 0.0 if cause.planned else self._costs.detection(cause.outcome))
@@ -158,9 +158,7 @@ class IslandRun:
         try:
             yield self._env.event()
         except simpy.Interrupt as interrupt:
-            if not interrupt.cause.planned:
-                raise
-            if self._run.alone(self):
+            if cast("Cause", interrupt.cause).planned and self._run.alone(self):
                 self._live = True  # a failure may come before the commit does
                 yield from self._run.commit()
                 self._live = False
@@ -180,8 +178,9 @@ class IslandRun:
 
     def _restart_after(self, cause: Cause) -> Restart:
         costs = self._costs
-        stood_by = self.training and self._env.now >= self._began_s + costs.standby_start_s
-        return cast("Restart", costs.standby if costs.standby and stood_by and cause.standby else costs.cold)
+        ready = self.training and self._env.now >= self._began_s + costs.standby_start_s
+        stood_by = ready if cause.standby is None else cause.standby
+        return cast("Restart", costs.standby if costs.standby and stood_by else costs.cold)
 
     def _decide(self, cause: Cause, resumed_from: int, step: int) -> Happening:
         committed = self._run.progress.committed
@@ -344,9 +343,11 @@ class IslandRun:
         """Do what a line of the script says."""
         if strike.outcome == "slow":
             self.slow(strike.slow_factor, strike.slow_steps * self.step_s * strike.slow_factor)
-        elif strike.notice_s:
+            return
+        if strike.notice_s:
             self._env.process(self._goes_after(strike.notice_s, strike.seconds, in_use=True))
-        elif strike.takes_node:
-            self._node_goes(strike.outcome, strike.seconds, in_use=True)
-        else:
-            self.strikes(Cause(outcome=strike.outcome, planned=strike.outcome == "yielded"))
+            return
+        if strike.takes_node:
+            self._node_goes(strike.outcome, strike.seconds, in_use=False)
+        standby = False if strike.takes_node and strike.standby is None else strike.standby
+        self.strikes(Cause(outcome=strike.outcome, planned=strike.outcome == "yielded", standby=standby))

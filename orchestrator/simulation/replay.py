@@ -215,6 +215,7 @@ def _strikes(lives: Sequence[_Life], begun: int) -> Iterator[Strike]:
         yield Strike(
             step=life.last - begun + (0.0 if outcome == "yielded" else life.part),
             outcome=outcome,
+            standby=after.standby,
             takes_node=waited and outcome not in ("yielded", "driver_lost"),
         )
 

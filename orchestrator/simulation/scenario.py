@@ -141,6 +141,8 @@ class Strike:
     """From the word that the node will go to its end."""
     seconds: float = 0.0
     """Until the node, or the storage, is back."""
+    standby: bool | None = None
+    """Whether the next attempt begins with workers that stand by; None: as it turns out."""
     slow_factor: float = 1.0
     slow_steps: int = 0
 

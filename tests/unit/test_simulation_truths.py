@@ -53,7 +53,7 @@ def test_best_interval_is_that_of_the_closed_form() -> None:
     )
 
 
-# --- Llama 3 405B: 466 interruptions in 54 days on 16,384 GPUs, over 90 % of the time effective ------------------------
+# --- Llama 3 405B: 466 interruptions in 54 days on 16,384 GPUs, over 90 % of the time effective ----------------------
 
 LLAMA_SERVERS = 16_384 // 8
 LLAMA_PERIOD_S = 54 * DAY
@@ -150,6 +150,8 @@ def test_geogalactica_takes_about_a_month_by_hand() -> None:
 
 
 def test_geogalactica_takes_little_more_than_its_compute_where_restarts_are_automatic() -> None:
-    automatic = Costs(cold=Restart(scheduling_s=10.0, start_up_s=60.0, load_s=60.0), checkpoint_s=60.0, detection_s=60.0)
+    automatic = Costs(
+        cold=Restart(scheduling_s=10.0, start_up_s=60.0, load_s=60.0), checkpoint_s=60.0, detection_s=60.0
+    )
     found = forecast(geogalactica(automatic, "auto"), replications=32)
     assert days(found.wall_s.mean) < 1.06 * days(geogalactica(automatic, "auto").ideal_s)

@@ -26,7 +26,8 @@ from orchestrator.simulation.scenario import Island, Strike
 def strikes_of(faults: Sequence[Fault], islands: Sequence[Island]) -> tuple[Strike, ...]:
     """What can be simulated of a fault script. What a shard costs that is damaged for a moment, or storage that answers
     late, depends on the moment: these are left out (`unplayed`)."""
-    return tuple(strike for fault in faults if (strike := _strike(fault, islands)))
+    in_order = sorted(faults, key=lambda fault: fault.step)
+    return tuple(strike for fault in in_order if (strike := _strike(fault, islands)))
 
 
 def unplayed(faults: Sequence[Fault]) -> tuple[str, ...]:
@@ -54,7 +55,7 @@ def _strike(fault: Fault, islands: Sequence[Island]) -> Strike | None:
         case DrainNode(deadline_s=notice_s, seconds=seconds):
             return Strike(step=step, island=island, outcome="node_lost", notice_s=notice_s, seconds=seconds)
         case FillDisk(seconds=seconds) | S3Errors(answer="errors", seconds=seconds):
-            return Strike(step=step, outcome="storage", seconds=seconds)
+            return Strike(step=step, outcome="outage", seconds=seconds)
         case KillDriver():
             return Strike(step=step, outcome="driver_lost")
         case _:

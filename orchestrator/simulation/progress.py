@@ -7,9 +7,10 @@ work, the saves among them too, as in the ledger of a real run (`goodput`).
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from orchestrator.goodput import Kind
 from orchestrator.simulation.scenario import Costs
@@ -25,17 +26,15 @@ class Progress:
         self,
         steps: int,
         costs: Costs,
-        every: int | None = None,
-        interval_s: Callable[[float], float] | None = None,
+        saves: int | Sequence[Sequence[int]] | Callable[[float], float],
         steady: bool = False,
     ) -> None:
         """
         Args:
-            every: steps from one save to the next. Without it:
-            interval_s: seconds of training from one save to the next, asked for at a time of the run.
-            steady: whether that is the same at any time.
+            saves: steps from one to the next; or the steps after which one comes, for each attempt; or the seconds of
+                training from one to the next, asked for at a time of the run.
+            steady: whether those seconds are the same at any time.
         """
-        assert (every is None) != (interval_s is None)
         self.steps = steps
         self.done = 0.0
         """Steps, with the part of the one under way."""
@@ -45,7 +44,11 @@ class Progress:
         self.seconds: dict[Kind, float] = defaultdict(float)
         """That have been decided."""
         self._costs = costs
-        self._every, self._interval_s, self._steady = every, interval_s, steady
+        self._every = saves if isinstance(saves, int) else None
+        self._interval_s = saves if callable(saves) else None
+        self._planned = saves if isinstance(saves, Sequence) else ()
+        self._attempt = -1
+        self._steady = steady
         self._now = 0.0
         self._since_save_s = 0.0
         self._saved = 0
@@ -118,6 +121,7 @@ class Progress:
 
     def begin(self) -> None:
         """An attempt begins to train: the time to the next save counts from here."""
+        self._attempt += 1
         self._since_save_s = 0.0
 
     def fail(self) -> int:
@@ -152,7 +156,13 @@ class Progress:
 
         An interval that is asked for anew at every save counts as the same for 2 % of the run's time.
         """
-        if self.done != self._saved or self.done >= self.steps or self._saving_s or self._asked is not None:
+        if (
+            self._planned
+            or self.done != self._saved
+            or self.done >= self.steps
+            or self._saving_s
+            or self._asked is not None
+        ):
             return 0.0
         if self._interval_s and not self._steady:
             seconds = min(seconds, STEADY_SHARE * self._now)
@@ -229,6 +239,10 @@ class Progress:
             return max(self._asked, math.ceil(self.done - 1e-9))
         if self._every:
             due = (int(self.done + 1e-9) // self._every + 1) * self._every
+        elif self._planned:
+            own = self._planned[min(self._attempt, len(self._planned) - 1)]
+            later = bisect.bisect(own, self._saved)
+            due = own[later] if later < len(own) else self.steps
         else:
             assert self._interval_s
             due = round(self.done + (self._interval_s(self._now) - self._since_save_s) / step_s)

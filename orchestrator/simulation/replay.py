@@ -18,6 +18,7 @@ from orchestrator.simulation.run import Result, simulate
 from orchestrator.simulation.scenario import Costs, Island, Restart, Scenario, Strike, scaled
 
 Record = Mapping[str, Any]
+_WENT_BACK = ("rolled_back", "started_over", "checkpoint_damaged")
 _PHASES: tuple[Kind, ...] = ("scheduling", "preflight", "start_up", "load")
 
 
@@ -29,12 +30,13 @@ class Measured:
     """Mean of the steps that count, evaluations and checks included."""
     costs: Costs
     workers: int
-    checkpoint_every: int
-    """Steps: the mean, where it went by time."""
+    saves_at: tuple[tuple[int, ...], ...]
+    """Steps that each attempt committed, counted from `first_step`."""
     first_step: int
     last_step: int
     strikes: tuple[Strike, ...]
-    """One for each attempt but the last, counted in steps from `first_step`."""
+    """One for each attempt but the last, counted in steps from `first_step`; and one for that, if it ended before it
+    came to the steps of another."""
     waiting_s: float
     """For capacity, in all."""
 
@@ -68,9 +70,11 @@ def replay(run: RunDir) -> Replay:
     """Simulate what a finished or stopped run went through.
 
     Raises:
-        UserError: it has made no step yet.
+        UserError: it has made no step yet, or gone back behind its last commit, which no failure of nodes does.
     """
     events, metrics = run.events(), run.metric_lines()
+    if back := next((event["event"] for event in events if event["event"] in _WENT_BACK), None):
+        raise UserError(f"{run.uri} has {back.replace('_', ' ')}, which is not simulated", "choose another run")
     real = _ledger(events, metrics)
     measured = _measure(run, events, metrics, real)
     return Replay(measured=measured, real=real, simulated=simulate(scenario_of(measured)))
@@ -87,7 +91,7 @@ def inputs_of(run: RunDir) -> Measured:
 
 
 def scenario_of(measured: Measured) -> Scenario:
-    """The run once more: the same steps and failures, at the mean costs."""
+    """The run once more: the same steps, saves and failures, at the mean costs."""
     waits = sum(strike.takes_node for strike in measured.strikes)
     strikes = tuple(
         Strike(**{**vars(strike), "seconds": measured.waiting_s / waits}) if strike.takes_node else strike
@@ -97,7 +101,7 @@ def scenario_of(measured: Measured) -> Scenario:
         islands=(Island(nodes=1, step_s=scaled(measured.step_s, 1)),),
         steps=max(measured.last_step - measured.first_step, 1),
         costs=measured.costs,
-        checkpoint_every=measured.checkpoint_every,
+        saves_at=measured.saves_at,
         strikes=strikes,
         max_restarts=len(strikes) + 1,
     )
@@ -132,7 +136,7 @@ def _measure(run: RunDir, events: Sequence[Record], metrics: Sequence[Record], r
     if not any(life.last > life.first for life in lives):
         raise UserError(f"{run.uri} has made no step yet", "simulate a run that has trained")
     begun = lives[0].first
-    kept = max(life.last for life in lives) - begun
+    kept = max(lives[-1].last - begun, 1)
     commits = [event for event in events if event["event"] == "committed" and _of(event, lives)]
     seconds = real.seconds
     failed = [life for life in lives[:-1] if life.outcome not in ENDED_WELL]
@@ -155,9 +159,9 @@ def _measure(run: RunDir, events: Sequence[Record], metrics: Sequence[Record], r
         step_s=seconds.get("productive", 0.0) / kept,
         costs=costs,
         workers=next((e["workers"] for e in reversed(events) if e["event"] == "attempt_started" and "workers" in e), 1),
-        checkpoint_every=_checkpoint_every(run, commits, lives),
+        saves_at=tuple(tuple(e["step"] - begun for e in commits if e["attempt"] == life.number) for life in lives),
         first_step=begun,
-        last_step=begun + kept,
+        last_step=max(life.last for life in lives),
         strikes=tuple(_strikes(lives, begun)),
         waiting_s=seconds.get("waiting", 0.0),
     )
@@ -209,6 +213,12 @@ def _restart(lives: Sequence[_Life]) -> Restart | None:
 
 
 def _strikes(lives: Sequence[_Life], begun: int) -> Iterator[Strike]:
+    yield from _between(lives, begun)
+    if lives[-1].last < max(life.last for life in lives):
+        yield Strike(step=lives[-1].last - begun, outcome="stopped")
+
+
+def _between(lives: Sequence[_Life], begun: int) -> Iterator[Strike]:
     for life, after in pairwise(lives):
         outcome = "yielded" if life.outcome in ENDED_WELL else life.outcome
         waited = after.seconds.get("waiting", 0.0) > 0
@@ -218,14 +228,6 @@ def _strikes(lives: Sequence[_Life], begun: int) -> Iterator[Strike]:
             standby=after.standby,
             takes_node=waited and outcome not in ("yielded", "driver_lost"),
         )
-
-
-def _checkpoint_every(run: RunDir, commits: Sequence[Record], lives: Sequence[_Life]) -> int:
-    every = run.recipe().train.checkpoint_every
-    if isinstance(every, int):
-        return every
-    done = sum(life.last - life.first for life in lives)
-    return max(round(done / max(len(commits), 1)), 1)
 
 
 def _of(event: Record, lives: Sequence[_Life]) -> bool:

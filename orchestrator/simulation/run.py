@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import simpy
@@ -13,7 +13,7 @@ from orchestrator.planning import checkpointing
 from orchestrator.simulation.chances import Happening, Signal
 from orchestrator.simulation.island import Cause, IslandRun
 from orchestrator.simulation.progress import Progress
-from orchestrator.simulation.scenario import HOUR_S, Scenario, Strike
+from orchestrator.simulation.scenario import HOUR_S, Scenario
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,21 +61,18 @@ class Run:
         """Fires when the speed has changed."""
         self.storage_back_s = 0.0
         """Until this time, saves and loads fail."""
-        every = None if scenario.interval_s or scenario.checkpoint_every == "auto" else scenario.checkpoint_every
-        self.progress = Progress(
-            scenario.steps,
-            scenario.costs,
-            every=every if isinstance(every, int) else None,
-            interval_s=None if isinstance(every, int) else self._interval_s,
-            steady=scenario.interval_s is not None,
-        )
+        steady = scenario.interval_s is not None
+        every: int | Sequence[Sequence[int]] | None = scenario.saves_at
+        if every is None and not steady and scenario.checkpoint_every != "auto":
+            every = scenario.checkpoint_every
+        self.progress = Progress(scenario.steps, scenario.costs, every or self._interval_s, steady)
         self._failures = 0
         self._endings: Counter[str] = Counter()
         self._steps_repeated = 0
         self._settled_s = 0.0
         self._over = self.env.event()
         self._gave_up = ""
-        self._strikes: list[Strike] = sorted(scenario.strikes, key=lambda strike: strike.step)
+        self._strikes = list(scenario.strikes)
         whole = sum(1 / island.step_s(island.nodes) for island in scenario.islands)
         self._islands = [
             IslandRun(self, place, island, 1 / island.step_s(island.nodes) / whole, seed)
@@ -206,8 +203,10 @@ class Run:
     def _strike_due(self) -> None:
         while self._strikes and self._training and self.progress.done >= self._strikes[0].step - 1e-9:
             strike = self._strikes.pop(0)
-            if strike.outcome == "storage":
+            if strike.outcome == "outage":
                 self.env.process(self._storage_fails(strike.seconds))
+            elif strike.outcome == "stopped":
+                self.env.process(self._stops())
             elif strike.outcome == "driver_lost":
                 self.count(strike.outcome)
                 for one in self._islands:
@@ -216,6 +215,11 @@ class Run:
                 self._islands[strike.island].play(strike)
             if strike.outcome != "slow":
                 return  # the next strikes when this one has had its effect
+
+    def _stops(self) -> Happening:
+        """Asked to by a person."""
+        yield from self.commit()
+        self._over.succeed()
 
     def _storage_fails(self, seconds: float) -> Happening:
         self.storage_back_s = self.env.now + seconds

@@ -133,8 +133,9 @@ class Strike:
     step: float
     """The part behind the point is that of the step under way which is done."""
     outcome: str
-    """Of the attempt that it ends; driver_lost: of the command. slow: of none, the nodes are slower for a time.
-    storage: of an attempt that saves or loads before `seconds` are over."""
+    """Of the attempt that it ends; driver_lost: of the command. slow: of none, the nodes are slower for a time. outage:
+    of storage, which ends an attempt that saves or loads before `seconds` are over. stopped: the run commits and
+    ends."""
     island: int = 0
     takes_node: bool = False
     notice_s: float = 0.0
@@ -156,10 +157,13 @@ class Scenario:
     """Steps; auto: as `train.checkpoint_every: auto` does."""
     interval_s: float | None = None
     """Seconds of training between two saves, instead of `checkpoint_every`."""
+    saves_at: tuple[tuple[int, ...], ...] | None = None
+    """The steps that each attempt saves at, instead of both, in order; the last holds for all after it."""
     exchange_s: float = 0.0
     """That a step takes longer where several islands train."""
     max_restarts: int = 10
     strikes: tuple[Strike, ...] = ()
+    """In the order in which they come."""
     longest_s: float = float("inf")
     """Of simulated time, after which the run is given up."""
 

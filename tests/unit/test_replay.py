@@ -38,8 +38,8 @@ class Log:
     def say(self, name: str, **facts: Any) -> None:
         self._events.append({"event": name, "time": self.at, **facts})
 
-    def attempt(self, until: int, standby: bool = False) -> None:
-        """Train from the last commit to a step."""
+    def attempt(self, until: int, standby: bool = False, last_save: int = 10**9) -> None:
+        """Train from the last commit to a step, and save up to another."""
         self._attempt, self.step, self._lines = self._attempt + 1, self.committed, []
         self.spend(0.3)
         self.say("attempt_started", attempt=self._attempt, resume_step=self.step, standby=standby, workers=2)
@@ -54,7 +54,7 @@ class Log:
             facts = {"step": self.step, "time": self.at, "step_time_s": step_s, "data_s": data_s, "loss": 1.0}
             self._lines.append({**facts, "checkpoint_s": stood_s, "tokens": self.step * 32})
             stood_s = 0.0
-            if self.step % EVERY == 0:
+            if self.step % EVERY == 0 and self.step <= last_save:
                 stood_s = self.save()
         text = "".join(json.dumps(line) + "\n" for line in self._lines)
         storage.write(self.run.metrics(self._attempt), text.encode())
@@ -131,7 +131,8 @@ def test_costs_are_read_from_the_log(tmp_path: Path) -> None:
     assert costs.standby and costs.standby.start_up_s == pytest.approx(0.13, rel=0.15), "with the wait for a batch"
     assert costs.cold.load_s == pytest.approx(1.0, rel=0.2)
     assert costs.detection("node_lost") == pytest.approx(6.0, rel=0.15)
-    assert (found.workers, found.checkpoint_every, found.first_step, found.last_step) == (2, EVERY, 0, 240)
+    assert (found.workers, found.first_step, found.last_step) == (2, 0, 240)
+    assert found.saves_at[:3] == ((20, 40), (60, 80), (100, 120, 130))
     outcomes = [strike.outcome for strike in found.strikes]
     assert outcomes == ["worker_lost", "node_lost", "yielded", "network", "driver_lost"]
     assert [strike.takes_node for strike in found.strikes] == [False, True, False, False, False]
@@ -142,6 +143,29 @@ def test_back_off_of_the_supervisor_is_not_taken_for_a_cost_of_its_restarts(tmp_
     """The simulation asks for the same decision, and waits by itself."""
     scheduling_s = inputs_of(eventful(tmp_path, 0)).costs.cold.scheduling_s
     assert scheduling_s == pytest.approx(6.3, rel=0.15)
+
+
+def test_run_that_was_stopped_before_it_made_up_what_it_had_lost(tmp_path: Path) -> None:
+    log = Log(tmp_path)
+    log.say("stage_started", stage="train")
+    log.attempt(157, last_save=40)
+    log.end("node_lost", detection_s=2.0)
+    log.attempt(90)
+    log.end("stopped")
+    found = replay(log.written())
+    assert found.measured.strikes[-1].outcome == "stopped"
+    assert found.simulated.steps == 90
+    assert found.simulated.failures == 1
+    assert abs(found.wall_error) < 0.05
+
+
+def test_run_that_went_back_on_purpose_is_refused(tmp_path: Path) -> None:
+    log = Log(tmp_path)
+    log.say("stage_started", stage="train")
+    log.attempt(50)
+    log.say("rolled_back", attempt=1)
+    with pytest.raises(UserError, match="has rolled back"):
+        replay(log.written())
 
 
 def test_run_without_failures_is_its_steps_and_saves(tmp_path: Path) -> None:

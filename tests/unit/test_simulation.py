@@ -297,6 +297,6 @@ def test_faults_strike_the_island_of_their_rank_or_node() -> None:
 
 @pytest.mark.parametrize(("seconds", "failed"), [(3.0, 0), (30.0, 1)])
 def test_storage_that_is_away_ends_an_attempt_that_saves(seconds: float, failed: int) -> None:
-    found = simulate(run(Strike(step=51, outcome="storage", seconds=seconds)))
+    found = simulate(run(Strike(step=51, outcome="outage", seconds=seconds)))
     assert (found.endings.get("storage", 0) >= 1) == bool(failed)
     assert found.steps == 100

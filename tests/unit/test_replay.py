@@ -69,7 +69,7 @@ class Log:
         return self.at - began
 
     def end(self, outcome: str, detection_s: float = 0.0, part_s: float = 0.0, wait_s: float = 0.0) -> None:
-        if outcome == "yielded":
+        if outcome in ("yielded", "stopped"):
             self.save()
         failed_at = self.spend(part_s)
         self.spend(detection_s)

@@ -6,9 +6,10 @@ pools:
     nodes: 512
     devices_per_node: 4
     memory_gib: 16
-    tflops: {fp32: 6.0}
+    tflops: {fp32: 12.0}
+    node_link_gb_per_s: 6
     price_per_device_hour: 0.4
-    mtbf_hours: 6300
+    node_mtbf_hours: 6300
     repair_hours: 24
 
 What a reader needs and a pool does not say is asked for by that reader: `required` names it with its line.
@@ -28,16 +29,6 @@ from orchestrator.recipe_file import Document, parse, read
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 NotNegative = Annotated[float, Field(ge=0)]
-
-
-class Links(Section):
-    """How fast data moves, of one direction of one link."""
-
-    device_gb_per_s: Positive | None = None
-    """Between two devices of a node."""
-    node_gb_per_s: Positive | None = None
-    """Between two nodes, for each device."""
-    node_latency_us: NotNegative = 20.0
 
 
 class Spot(Section):
@@ -75,11 +66,17 @@ class Pool(Section):
     memory_gib: Positive | None = None
     """Of a device; of a CPU worker its share of the node's memory."""
     tflops: dict[Dtype, Positive] = Field(default_factory=dict)
-    """10^12 floating-point operations a second of a device in training, end to end, by dtype."""
-    links: Links = Links()
+    """10^12 operations a second of a device in dense matrix products, by dtype."""
+    efficiency: float = Field(default=0.4, gt=0, le=1)
+    """Of that, what training reaches."""
+    device_link_gb_per_s: Positive | None = None
+    """One way between two devices of a node; None: as between nodes."""
+    node_link_gb_per_s: Positive | None = None
+    """One way between two nodes, the share of one device."""
+    node_link_latency_us: Positive = 20.0
     price_per_device_hour: NotNegative = 0.0
     """In any currency, the same for all pools."""
-    mtbf_hours: Positive | None = None
+    node_mtbf_hours: Positive | None = None
     """Mean time between two failures of one node that take it out of the cluster. Without it, no node fails."""
     process_mtbf_hours: Positive | None = None
     """Mean time between two failures on one node that end a worker and leave the node usable."""
@@ -144,7 +141,6 @@ def required(pool: Pool, key: str, what_for: str) -> Any:
 
 _SECTIONS: Mapping[str, type[Section]] = {
     "pools": Pool,
-    "links": Links,
     "spot": Spot,
     "stragglers": Stragglers,
     "storage": StorageSpeed,

@@ -109,8 +109,10 @@ def scenario_of(recipe: Recipe, cluster: Cluster, options: Options) -> Scenario:
     if needed > there:
         message = f"train.workers.min={needed} is more than the {there} devices of the cluster file"
         raise UserError(message, f"ask for {there} or fewer, or add nodes")
-    if not options.faults and all(not (p.mtbf_hours or p.process_mtbf_hours or p.spot or p.stragglers) for p in pools):
-        raise UserError("nothing fails in this cluster", "give --mtbf-hours, or mtbf_hours of its pools")
+    if not options.faults and all(
+        not (p.node_mtbf_hours or p.process_mtbf_hours or p.spot or p.stragglers) for p in pools
+    ):
+        raise UserError("nothing fails in this cluster", "give --mtbf-hours, or node_mtbf_hours of its pools")
     speeds = _speeds(recipe, pools, options)
     islands = tuple(_island(recipe, pool, there, step_s) for pool, step_s in zip(pools, speeds, strict=True))
     devices = sum(island.nodes * island.devices_per_node for island in islands)
@@ -128,7 +130,7 @@ def scenario_of(recipe: Recipe, cluster: Cluster, options: Options) -> Scenario:
 def _as_told(pool: Pool, options: Options) -> Pool:
     changes: dict[str, Any] = {}
     if options.mtbf_hours is not None:
-        changes["mtbf_hours"] = options.mtbf_hours
+        changes["node_mtbf_hours"] = options.mtbf_hours
     if options.spares is not None:
         changes["spare_nodes"] = options.spares
     return pool.model_copy(update=changes)
@@ -161,8 +163,8 @@ def _island(recipe: Recipe, pool: Pool, devices: int, step_s: StepTime) -> Islan
     nodes = _nodes(workers.max, pool, devices)
     fewest = max(_nodes(workers.min, pool, devices), min(math.ceil(one_replica / pool.devices_per_node), nodes))
     hazards = []
-    if pool.mtbf_hours:
-        hazards.append(Hazard(outcome="node_lost", mtbf_hours=pool.mtbf_hours, takes_node=True))
+    if pool.node_mtbf_hours:
+        hazards.append(Hazard(outcome="node_lost", mtbf_hours=pool.node_mtbf_hours, takes_node=True))
     if pool.process_mtbf_hours:
         hazards.append(Hazard(outcome="worker_lost", mtbf_hours=pool.process_mtbf_hours))
     return Island(

@@ -52,11 +52,10 @@ def node_pool(pool: Pool) -> NodePool:
     """The nodes that a cluster file describes, as those of a live cluster."""
     memory_bytes = int(required(pool, "memory_gib", "planning") * _GIB)
     on_cpu = ACCELERATORS[pool.accelerator].ray_resource == "CPU"
-    links = pool.links
     speeds = Speeds(
-        flops={dtype: 1e12 * tflops / TRAINING_EFFICIENCY for dtype, tflops in pool.tflops.items()},
-        link_bytes_per_s=1e9 * links.node_gb_per_s if links.node_gb_per_s else None,
-        link_latency_s=1e-6 * links.node_latency_us if links.node_gb_per_s else None,
+        flops={dtype: 1e12 * tflops * pool.efficiency / TRAINING_EFFICIENCY for dtype, tflops in pool.tflops.items()},
+        link_bytes_per_s=1e9 * pool.node_link_gb_per_s if pool.node_link_gb_per_s else None,
+        link_latency_s=1e-6 * pool.node_link_latency_us if pool.node_link_gb_per_s else None,
     )
     nodes = tuple(
         Node(

@@ -17,9 +17,9 @@ pools:
     devices_per_node: 4
     memory_gib: 16
     tflops: {fp32: 6}
-    links: {device_gb_per_s: 20, node_gb_per_s: 6}
+    node_link_gb_per_s: 6
     price_per_device_hour: 0.4
-    mtbf_hours: 6.3e3
+    node_mtbf_hours: 6.3e3
   - name: spot
     nodes: 8
     devices_per_node: 8
@@ -38,7 +38,7 @@ def written(folder: Path, text: str) -> str:
 def test_cluster_file_is_read(tmp_path: Path) -> None:
     cluster = load_cluster(written(tmp_path, GOOD))
     dcu, spot = cluster.pools
-    assert (dcu.devices, dcu.mtbf_hours, dcu.tflops) == (2048, 6300.0, {"fp32": 6.0})
+    assert (dcu.devices, dcu.node_mtbf_hours, dcu.tflops) == (2048, 6300.0, {"fp32": 6.0})
     assert (dcu.spot, dcu.repair_hours) == (None, 24.0)
     assert spot.spot and (spot.spot.notice_s, spot.spot.back_after_hours) == (30.0, 1.0)
     assert cluster.storage and cluster.storage.write_gb_per_s == 50
@@ -52,7 +52,7 @@ def test_cluster_file_is_read(tmp_path: Path) -> None:
         ("    nodes: 8\n", "", r"pools.1.nodes is missing", ""),
         ("nodes: 512", "nodes: 0", r"cluster.yaml:4 pools.0.nodes=0: input should be greater than or equal to 1", ""),
         ("accelerator: dcu", "accelerator: tpu", r"cluster.yaml:3 pools.0.accelerator=tpu", ""),
-        ("mtbf_hours: 6.3e3", "mtbf_hours: -1", r"cluster.yaml:10 pools.0.mtbf_hours=-1", ""),
+        ("node_mtbf_hours: 6.3e3", "node_mtbf_hours: -1", r"cluster.yaml:10 pools.0.node_mtbf_hours=-1", ""),
         ("name: spot", "name: dcu", r"two pools are named dcu", ""),
         ("fp32: 6", "fp33: 6", r"cluster.yaml:7 pools.0.tflops.fp33", ""),
         ("pools:", "pools: [", r"is not YAML", ""),

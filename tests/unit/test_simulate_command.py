@@ -23,7 +23,7 @@ from orchestrator.simulation.scenario import Costs, Hazard, Island, Restart, Sce
 from tests.made_runs import recipe
 from tests.unit.test_replay import eventful
 
-POOL = {"name": "a", "nodes": 64, "devices_per_node": 8, "mtbf_hours": 2000.0, "memory_gib": 80}
+POOL = {"name": "a", "nodes": 64, "devices_per_node": 8, "node_mtbf_hours": 2000.0, "memory_gib": 80}
 
 
 def cluster(*pools: dict[str, Any], **values: Any) -> Cluster:
@@ -71,7 +71,7 @@ def test_command_line_goes_before_the_files() -> None:
 
 def test_cluster_in_which_nothing_fails_is_refused() -> None:
     with pytest.raises(UserError, match="nothing fails"):
-        command.scenario_of(wanted(), cluster({"mtbf_hours": None}), Options(step_time_s=1.0))
+        command.scenario_of(wanted(), cluster({"node_mtbf_hours": None}), Options(step_time_s=1.0))
 
 
 def test_two_pools_share_the_step() -> None:
@@ -154,7 +154,7 @@ def test_confidence_is_student_s() -> None:
 
 CLUSTER = """\
 pools:
-  - {name: h100, nodes: 32, devices_per_node: 8, mtbf_hours: 3000, spare_nodes: 2, price_per_device_hour: 2}
+  - {name: h100, nodes: 32, devices_per_node: 8, node_mtbf_hours: 3000, spare_nodes: 2, price_per_device_hour: 2}
 """
 
 

@@ -19,7 +19,7 @@ from orchestrator.simulation.scenario import HOUR_S, Scenario
 
 SEARCH_FACTOR = 2**0.5
 """Between two intervals that the search tries first."""
-SEARCH_STEPS = 5
+SEARCH_STEPS = 3
 """Of them to each side of the closed form's."""
 NO_WORSE = 0.002
 """Share by which a number of spare nodes may be worse than a larger one and still be chosen."""
@@ -187,7 +187,7 @@ def worth_sparing(scenario: Scenario, replications: int, seed: int = 0) -> tuple
 def _numbers(scenario: Scenario) -> list[int]:
     away = nodes_away(scenario)
     most = math.ceil(away + 4 * math.sqrt(away) + 2)
-    numbers = {0, 1, 2, *(round(most * part / 8) for part in range(9))}
+    numbers = {0, 1, 2, *(round(most * part / 5) for part in range(6))}
     return sorted(numbers)
 
 

@@ -11,7 +11,7 @@ import yaml
 from orchestrator.errors import UserError
 
 Place = tuple[str, ...]
-_EXAMPLES = "jobs/recipes/ has examples"
+_EXAMPLES = {"recipe": "jobs/recipes/ has examples", "cluster file": "jobs/clusters/ has an example"}
 
 
 class Document:
@@ -78,7 +78,7 @@ def read(path: str | Path, what: str = "recipe") -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"no {what} at {path}", _EXAMPLES) from None
+        raise UserError(f"no {what} at {path}", _EXAMPLES.get(what, "")) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the {what} {path}: {error}") from None
 
@@ -98,7 +98,7 @@ def parse(file: str, text: str, what: str = "recipe") -> Document:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} holds a value that YAML cannot mean: {type(error).__name__}: {error}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{file} holds no {what}", _EXAMPLES)
+        raise UserError(f"{file} holds no {what}", _EXAMPLES.get(what, ""))
     return Document(file, values, lines)
 
 

@@ -20,7 +20,10 @@ from orchestrator.simulation.scenario import HOUR_S, Scenario
 SEARCH_FACTOR = 2**0.5
 """Between two intervals that the search tries first."""
 SEARCH_STEPS = 3
-"""Of them to each side of the closed form's."""
+"""Of them to each side of the closed form's, before the search goes on to the better side."""
+MOST_STEPS = 11
+"""Of them in all: where hardly anything is lost to failures the rarest saves would win, and the run could never be
+stopped."""
 NO_WORSE = 0.002
 """Share by which a number of spare nodes may be worse than a larger one and still be chosen."""
 
@@ -105,10 +108,15 @@ def best_interval(scenario: Scenario, replications: int, seed: int = 0) -> BestI
             tried[interval_s] = statistics.fmean(result.goodput for result in results)
         return tried[interval_s]
 
-    exponents = range(-SEARCH_STEPS, SEARCH_STEPS + 1)
-    grid = sorted({max(start_s * SEARCH_FACTOR**exponent, step_s) for exponent in exponents})
-    best_s = max(grid, key=goodput)
-    place = grid.index(best_s)
+    exponents = list(range(-SEARCH_STEPS, SEARCH_STEPS + 1))
+    while True:
+        grid = sorted({max(start_s * SEARCH_FACTOR**exponent, step_s) for exponent in exponents})
+        place = grid.index(max(grid, key=goodput))
+        if 0 < place < len(grid) - 1 or len(exponents) >= MOST_STEPS:
+            break
+        if grid[place] == step_s:  # no save comes more often than a step
+            break
+        exponents = [exponents[0] - 1, *exponents] if place == 0 else [*exponents, exponents[-1] + 1]
     if 0 < place < len(grid) - 1:
         goodput(_top([(math.log(at), tried[at]) for at in grid[place - 1 : place + 2]]))
     best_s = max(tried, key=lambda interval_s: tried[interval_s])

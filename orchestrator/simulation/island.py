@@ -62,6 +62,8 @@ class IslandRun:
         self._slow: dict[int, float] = {}
         """Factors of the nodes that are slow, by a number."""
         self._slow_count = 0
+        self._attempt = 0
+        """Its number."""
         self._began_s = 0.0
         """When the attempt's first step began."""
         self._counted_s = 0.0
@@ -137,6 +139,7 @@ class IslandRun:
         """
         self.used = min(self.island.nodes, self.there)
         self._live = True
+        self._attempt += 1
         self._changed.fire()
         for kind, seconds in restart.phases:
             if kind == "load" and self._run.storage_back_s > self._env.now:
@@ -266,11 +269,11 @@ class IslandRun:
             self._env.process(self._grows())
 
     def _grows(self) -> Happening:
-        began_s, wait_s = self._began_s, SETTLE_S
+        attempt, wait_s = self._attempt, SETTLE_S
         if self._costs.standby:
             wait_s = max(wait_s, self._costs.standby_start_s)
         yield self._env.timeout(wait_s)
-        if self.training and self._began_s == began_s and self.there > self.used:
+        if self.training and self._attempt == attempt and self.there > self.used:
             more = min(self.there, self.island.nodes)
             share = self.island.step_s(more) / self.step_s
             if elastic.pays(share, self._run.left_s(), (self._costs.standby or self._costs.cold).total_s):
@@ -288,13 +291,13 @@ class IslandRun:
             self._env.process(self._goes_after(notice_s, away_s, self._in_use()))
 
     def _goes_after(self, notice_s: float, away_s: float, in_use: bool) -> Happening:
-        attempt = self._began_s
+        attempt = self._attempt
         self._leave()  # it is not planned on any more
         if in_use and notice_s > LEAVE_S + self._run.commit_takes_s:
             self.strikes(Cause(outcome="yielded", planned=True))
         yield self._env.timeout(notice_s)
         self._env.process(self._comes_back(away_s))
-        if in_use and self._live and self._began_s == attempt:  # it had no time to make way
+        if in_use and self._live and self._attempt == attempt:  # it had no time to make way
             self.strikes(Cause(outcome="node_lost", standby=False))
 
     # --- stragglers ---------------------------------------------------------------------------------------------------
@@ -311,13 +314,13 @@ class IslandRun:
             self._env.process(self._is_slow(self._slow_count, factor, seconds))
 
     def _is_slow(self, number: int, factor: float, seconds: float) -> Happening:
-        began_s = self._began_s
+        attempt = self._attempt
         self._run.settle()
         self._slow[number] = factor
         self._run.changed.fire()
         named_s = STRAGGLER_STEPS * self.step_s
         yield self._env.timeout(min(seconds, named_s))
-        if seconds > named_s and self._slow.get(number) and self._began_s == began_s and self._worth_evicting(number):
+        if seconds > named_s and self._slow.get(number) and self._attempt == attempt and self._worth_evicting(number):
             self._leave()
             self.strikes(Cause(outcome="yielded", planned=True))
             yield self._env.timeout(seconds - named_s)

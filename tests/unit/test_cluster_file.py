@@ -67,6 +67,11 @@ def test_wrong_values_are_named_with_their_place(tmp_path: Path, old: str, new: 
     assert hint in caught.value.hint
 
 
+@pytest.mark.parametrize("file", sorted(Path("jobs/clusters").glob("*.yaml")), ids=lambda file: file.stem)
+def test_shipped_cluster_files_are_read(file: Path) -> None:
+    assert load_cluster(str(file)).pools
+
+
 def test_missing_file_is_said_to_be_missing() -> None:
     with pytest.raises(UserError, match=r"no cluster file at nowhere.yaml"):
         load_cluster("nowhere.yaml")

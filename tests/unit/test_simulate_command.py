@@ -136,6 +136,16 @@ def test_best_interval_beats_others_on_the_same_failures() -> None:
     assert found.steps == round(found.interval_s / 30.0)
 
 
+def test_search_goes_on_where_the_closed_form_is_far_off() -> None:
+    """Of four islands one at a time fails, as a rule, which costs its share and no step of the others."""
+    often = Hazard(outcome="worker_lost", mtbf_hours=2.0, of="run")
+    island = Island(nodes=1, step_s=scaled(60.0, 1), hazards=(often,))
+    scenario = replace(failing(), islands=(island,) * 4)
+    found = best_interval(scenario, replications=4)
+    assert found.closed_form_s < found.interval_s <= 16 * found.closed_form_s
+    assert found.goodput >= max(goodput for _, goodput in found.tried)
+
+
 def test_interval_of_confidence_narrows_with_replications() -> None:
     scenario = replace(failing(), steps=5000, islands=(replace(failing().islands[0], spare_nodes=20),))
     few, many = (forecast(scenario, count).goodput for count in (4, 40))

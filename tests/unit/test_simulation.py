@@ -200,6 +200,13 @@ def test_notice_of_a_reclaim_saves_what_is_done() -> None:
     assert short.seconds["lost_work"] > 0
 
 
+def test_attempt_that_made_way_is_not_struck_when_the_node_goes() -> None:
+    """Its restart takes longer than the notice."""
+    noticed = Strike(step=55.5, outcome="node_lost", notice_s=60.0, seconds=1e4)
+    slow = replace(COSTS, cold=Restart(start_up_s=200.0))
+    assert simulate(run(noticed, islands=(island(least_nodes=2),), costs=slow)).endings == {"yielded": 1}
+
+
 def test_reclaimed_nodes_come_back() -> None:
     spot = Reclaims(mean_hours=1.0, notice_s=120.0, back_hours=0.1)
     found = simulate(run(islands=(island(least_nodes=1, reclaims=spot),), steps=20_000))

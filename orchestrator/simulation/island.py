@@ -62,6 +62,8 @@ class IslandRun:
         self._slow: dict[int, float] = {}
         """Factors of the nodes that are slow, by a number."""
         self._slow_count = 0
+        self._evicted: set[int] = set()
+        """Of those, the ones that the next attempt does without."""
         self._attempt = 0
         """Its number."""
         self._began_s = 0.0
@@ -175,7 +177,8 @@ class IslandRun:
         if self.training:
             self._run.leaves(self, lossless=cause.planned)
         self.used = 0
-        self._slow.clear()
+        while self._evicted:
+            self._slow.pop(self._evicted.pop(), None)
         self._changed.fire()
         return step
 
@@ -314,20 +317,20 @@ class IslandRun:
             self._env.process(self._is_slow(self._slow_count, factor, seconds))
 
     def _is_slow(self, number: int, factor: float, seconds: float) -> Happening:
-        attempt = self._attempt
         self._run.settle()
         self._slow[number] = factor
         self._run.changed.fire()
-        named_s = STRAGGLER_STEPS * self.step_s
-        yield self._env.timeout(min(seconds, named_s))
-        if seconds > named_s and self._slow.get(number) and self._attempt == attempt and self._worth_evicting(number):
+        named_s = min(STRAGGLER_STEPS * self.step_s, seconds)
+        yield self._env.timeout(named_s)
+        evicted = named_s < seconds and self.training and self._worth_evicting(number)
+        if evicted:
+            self._evicted.add(number)
             self._leave()
             self.strikes(Cause(outcome="yielded", planned=True))
-            yield self._env.timeout(seconds - named_s)
+        yield self._env.timeout(seconds - named_s)
+        if evicted:
             yield from self._comes_back(0.0)
-            return
-        yield self._env.timeout(max(seconds - named_s, 0.0))
-        if self._slow.get(number):
+        elif number in self._slow:
             self._run.settle()
             del self._slow[number]
             self._run.changed.fire()

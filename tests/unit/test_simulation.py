@@ -239,6 +239,12 @@ def test_straggler_slows_all_until_it_is_left_out() -> None:
     assert left_out.seconds["productive"] == pytest.approx(2000 + 2 * 40, abs=4)
 
 
+def test_straggler_that_is_kept_is_slow_after_a_restart_too() -> None:
+    slow = Strike(step=100, outcome="slow", slow_factor=3.0, slow_steps=1000)
+    found = simulate(run(slow, Strike(step=300.0, outcome="worker_lost"), steps=2000))
+    assert found.seconds["productive"] == pytest.approx(2000 + 2 * 1000, rel=0.03)
+
+
 def test_slow_nodes_come_by_chance_and_go_again() -> None:
     rough = Slowdowns(mtbf_hours=2.0, factor=2.0, mean_hours=0.05)
     found = simulate(run(islands=(island(slowdowns=rough),), steps=50_000))

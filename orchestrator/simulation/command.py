@@ -58,6 +58,8 @@ class Options:
     checkpoint_s: float | None = None
     restart_s: float | None = None
     detection_s: float | None = None
+    exchange_s: float = 0.0
+    """Of a step, between the islands that several pools are."""
     steps: int | None = None
     spares: int | None = None
     like: str | None = None
@@ -122,6 +124,7 @@ def scenario_of(recipe: Recipe, cluster: Cluster, options: Options) -> Scenario:
         steps=options.steps or recipe.train.steps,
         costs=_costs(recipe, cluster, options, devices),
         checkpoint_every=recipe.train.checkpoint_every,
+        exchange_s=options.exchange_s,
         max_restarts=recipe.train.max_restarts,
         strikes=strikes_of(recipe.faults, islands) if options.faults else (),
     )

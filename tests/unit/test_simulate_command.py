@@ -77,6 +77,8 @@ def test_cluster_in_which_nothing_fails_is_refused() -> None:
 def test_two_pools_share_the_step() -> None:
     both = command.scenario_of(wanted(), cluster({}, {"name": "b", "devices_per_node": 4}), Options(step_time_s=9.0))
     assert both.ideal_s == pytest.approx(20_000 * 9.0)
+    apart = command.scenario_of(wanted(), cluster({}, {"name": "b"}), Options(step_time_s=9.0, exchange_s=0.5))
+    assert apart.ideal_s == pytest.approx(20_000 * 9.5)
     elastic = wanted(workers={"min": 96, "max": 192})
     parts = command.scenario_of(elastic, cluster({}, {"name": "b"}), Options(step_time_s=9.0)).islands
     assert [(island.nodes, island.least) for island in parts] == [(12, 6), (12, 6)], "each has half of the workers"

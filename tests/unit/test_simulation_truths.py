@@ -6,6 +6,8 @@ GeoGalactica: Lin et al., "GeoGalactica: A Scientific Large Language Model in Ge
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import simpy
 
@@ -34,14 +36,16 @@ def daly(cost_s: float, restart_s: float, mtbf_s: float, failures: int) -> Scena
 
 @pytest.mark.parametrize(
     ("cost_s", "restart_s", "mtbf_s"),
-    [(20.0, 60.0, HOUR), (120.0, 300.0, 6 * HOUR), (5.0, 30.0, DAY), (60.0, 0.0, 1800.0)],
+    [(120.0, 300.0, 6 * HOUR), (5.0, 30.0, DAY), (60.0, 0.0, 1800.0)],
 )
 @pytest.mark.parametrize("times", [1 / 3, 1.0, 3.0], ids=["a third", "best interval", "three times"])
 def test_goodput_is_that_of_the_closed_form(cost_s: float, restart_s: float, mtbf_s: float, times: float) -> None:
-    scenario = daly(cost_s, restart_s, mtbf_s, failures=4000)
+    scenario = daly(cost_s, restart_s, mtbf_s, failures=2000)
     interval_s = float(round(times * best_interval_s(cost_s, mtbf_s)))
-    found = simulate(Scenario(**{**vars(scenario), "interval_s": interval_s}))
-    assert found.goodput == pytest.approx(efficiency(interval_s, cost_s, restart_s, mtbf_s), rel=0.01)
+    found = forecast(replace(scenario, interval_s=interval_s), replications=8).goodput
+    expected = efficiency(interval_s, cost_s, restart_s, mtbf_s)
+    assert found.mean == pytest.approx(expected, rel=0.01)
+    assert found.low < expected < found.high, "within the confidence that is claimed"
 
 
 def test_best_interval_is_that_of_the_closed_form() -> None:

@@ -16,7 +16,7 @@ from orchestrator import cluster, nodes, storage
 from orchestrator.capacity import AGENT_START_BESIDE_S, LOOK_ON_S3_S, LOOK_S, Capacity
 from orchestrator.config import Recipe
 from orchestrator.drivers import Driver
-from orchestrator.elastic import Change
+from orchestrator.elastic import LEAVE_S, SETTLE_S, Change
 from orchestrator.endings import Death, Evidence, first_line, of_storage, patience_s
 from orchestrator.errors import CapacityError, Interrupted, StorageError, UserError
 from orchestrator.hangs import FIRST_S, RECENT_STEPS, Hang, durations, hang, named
@@ -36,10 +36,6 @@ SILENT_S = 60.0
 """After which the agent of a node that gives no answer is given up, and the node with it."""
 STANDBY_PAYS_S = 30.0
 """A standby is started where training will take longer than that."""
-SETTLE_S = 30.0
-"""How long an attempt runs before another plan may take its place, unless a node of it will go."""
-LEAVE_S = 10.0
-"""Before a draining node goes, its state must be on its way to storage."""
 FULL_MEMORY = 0.9
 """Share of a node's memory in use from which the death of a worker may have been Ray's own doing, which it tells."""
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from orchestrator.cli_arguments import Address, AsJson, Overrides, RecipePath, RunPath
+from orchestrator.cli_simulate import simulate
 from orchestrator.errors import Interrupted, StorageError, UserError
 
 if TYPE_CHECKING:
@@ -29,12 +31,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file; jobs/recipes/ has examples")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="as in train.lr=1e-4")]
-RunPath = Annotated[str, typer.Argument(metavar="RUN", help="run directory, local or s3://")]
-Address = Annotated[str | None, typer.Option(help="Ray cluster to use; without it one is started on this machine")]
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
 def main() -> None:
@@ -166,6 +162,9 @@ def plan(recipe: RecipePath, overrides: Overrides = None, address: Address = Non
     typer.echo(f"{found}: {memory:.1f} GiB a worker, {time_s:.2f} s a step (predicted); {found.reason}")
     for loser in found.losers:
         typer.echo(f"  {loser}")
+
+
+app.command()(simulate)
 
 
 @app.command()

@@ -12,6 +12,10 @@ LEAST_GAIN = 0.05
 """Of the step time. Predictions are not better than that."""
 PAYS_TIMES = 2.0
 """How many times over the time of a change must be won back before the run's end."""
+SETTLE_S = 30.0
+"""How long an attempt runs before another plan may take its place, unless a node of it will go."""
+LEAVE_S = 10.0
+"""Before a draining node goes, its state must be on its way to storage."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +54,7 @@ def wanted_change(
         return None
     drag = max((slow.get(node, 1.0) for node in nodes), default=1.0)
     share = candidate.step_time_s / (live.step_time_s * drag)
-    gain_s = (1 - share) * step_s * steps_left
-    if 1 - share < LEAST_GAIN or gain_s < PAYS_TIMES * change_s:
+    if not pays(share, step_s * steps_left, change_s):
         return None
     what = f"{live.workers} -> {candidate.workers} workers, {share:.2f} of the step time (predicted)"
     evicted = sorted(node for node in nodes & slow.keys() if node not in dict(candidate.placement))
@@ -60,6 +63,17 @@ def wanted_change(
             plan=candidate, kind="eviction", reason=f"without {_names(evicted)}, slower by {drag:.2f}: {what}"
         )
     return Change(plan=candidate, kind="resize", reason=what)
+
+
+def pays(share: float, left_s: float, change_s: float) -> bool:
+    """Whether a change is worth its time.
+
+    Args:
+        share: of the present step time that a step takes after it.
+        left_s: until the last step, as things are.
+        change_s: without a step that it costs.
+    """
+    return 1 - share >= LEAST_GAIN and (1 - share) * left_s >= PAYS_TIMES * change_s
 
 
 def _names(nodes: Collection[str]) -> str:

@@ -1,4 +1,4 @@
-"""A YAML file as plain values, and the line on which each of them stands, for errors that say where."""
+"""A YAML file (a recipe, a cluster) as plain values, and the line on which each of them stands: errors say where."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import yaml
 from orchestrator.errors import UserError
 
 Place = tuple[str, ...]
+_EXAMPLES = {"recipe": "jobs/recipes/ has examples", "cluster file": "jobs/clusters/ has an example"}
 
 
 class Document:
@@ -69,16 +70,20 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read(path: str | Path) -> str:
+def read(path: str | Path, what: str = "recipe") -> str:
+    """
+    Args:
+        what: the file should be, for the messages.
+    """
     try:
         return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"no recipe at {path}", "jobs/recipes/ has examples") from None
+        raise UserError(f"no {what} at {path}", _EXAMPLES.get(what, "")) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the recipe {path}: {error}") from None
+        raise UserError(f"cannot read the {what} {path}: {error}") from None
 
 
-def parse(file: str, text: str) -> Document:
+def parse(file: str, text: str, what: str = "recipe") -> Document:
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -93,7 +98,7 @@ def parse(file: str, text: str) -> Document:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} holds a value that YAML cannot mean: {type(error).__name__}: {error}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{file} holds no recipe", "jobs/recipes/ has examples")
+        raise UserError(f"{file} holds no {what}", _EXAMPLES.get(what, ""))
     return Document(file, values, lines)
 
 

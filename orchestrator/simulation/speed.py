@@ -10,8 +10,8 @@ from orchestrator.config import Recipe
 from orchestrator.errors import PlanError, UserError
 from orchestrator.planning import search
 from orchestrator.planning.cluster_file import Pool, required
+from orchestrator.planning.platform import device
 from orchestrator.planning.shape import ModelShape, model_shape
-from orchestrator.planning.throughput import TRAINING_EFFICIENCY
 from orchestrator.simulation.scenario import StepTime
 from orchestrator.train_config import Workers
 
@@ -52,8 +52,9 @@ def node_pool(pool: Pool) -> NodePool:
     """The nodes that a cluster file describes, as those of a live cluster."""
     memory_bytes = int(required(pool, "memory_gib", "planning") * _GIB)
     on_cpu = ACCELERATORS[pool.accelerator].ray_resource == "CPU"
+    counted = pool.efficiency / device(pool.accelerator).efficiency  # the planner applies its own
     speeds = Speeds(
-        flops={dtype: 1e12 * tflops * pool.efficiency / TRAINING_EFFICIENCY for dtype, tflops in pool.tflops.items()},
+        flops={dtype: 1e12 * tflops * counted for dtype, tflops in pool.tflops.items()},
         link_bytes_per_s=1e9 * pool.node_link_gb_per_s if pool.node_link_gb_per_s else None,
         link_latency_s=1e-6 * pool.node_link_latency_us if pool.node_link_gb_per_s else None,
     )

@@ -24,6 +24,7 @@ from orchestrator.chaos.score import score, table
 from orchestrator.chaos.show import play
 from orchestrator.config import load_recipe
 from orchestrator.runs import RunDir
+from orchestrator.simulation.replay import replay
 from orchestrator.train import checkpoints
 from tests.e2e.conftest import wait_for
 
@@ -190,6 +191,14 @@ def check_same(run: RunDir, calm: RunDir) -> None:
     check_ledger(run)
 
 
+def check_simulated(run: RunDir) -> None:
+    """The simulation of what the run went through takes as long."""
+    found = replay(run)
+    real, simulated = found.real.wall_s, found.simulated.wall_s
+    print(f"wall time {real:.1f} s, simulated {simulated:.1f} s; goodput {found.goodput_error:+.3f}")
+    assert simulated == pytest.approx(real, rel=0.1)
+
+
 def check_ledger(run: RunDir) -> None:
     """Every attempt went on with the step after its checkpoint, and left none out."""
     began = {e["attempt"]: e["resume_step"] for e in run.events() if e["event"] == "attempt_started"}
@@ -216,6 +225,7 @@ def test_a_run_survives_five_faults(stage: Stage) -> None:
     run = stage.disturbed(calm, FEW)
     check_same(run, calm)
     check_nothing_is_left(stage)
+    check_simulated(run)
 
 
 @pytest.mark.soak
@@ -229,6 +239,7 @@ def test_a_run_survives_fifty_faults_of_all_kinds(stage: Stage) -> None:
     assert sum(event["event"] == "fault_injected" for event in run.events()) == len(kinds)
     check_same(run, calm)
     check_nothing_is_left(stage)
+    check_simulated(run)
 
 
 def script(kinds: Sequence[str], steps: Sequence[int]) -> str:

@@ -78,7 +78,7 @@ SLOWER = (
     "model={layers: 4, hidden_size: 160, heads: 4}",
     "train.sequence_length=64",
     "train.global_batch_size=16",
-    # Of another number of workers rounding differs. Where texts are learned by heart such differences grow: at a rate of
+    # Another number of workers rounds otherwise. Where texts are learned by heart such differences grow: at a rate of
     # 1e-4 from 1e-8 of the loss to 1e-3 in a thousand steps. What a step sees shows in its loss at any rate.
     "train.lr=2.0e-5",
 )

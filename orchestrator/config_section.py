@@ -24,7 +24,7 @@ def settled_path(path: str) -> str:
 InputPath = Annotated[str, Field(min_length=1), AfterValidator(settled_path)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from orchestrator import storage
-from orchestrator.errors import RunFailed
+from orchestrator.errors import LastingStorageError, RunFailed
 from orchestrator.runs import RunDir, holder
 
 log = logging.getLogger(__name__)
@@ -208,7 +208,7 @@ def _claims(run: RunDir) -> dict[int, set[str]]:
 def _holder(run: RunDir, number: int) -> Holder | None:
     try:
         return Holder(**(run.read_json(_file(run, number, "json")) or {}))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, LastingStorageError):
         return None
 
 

@@ -9,7 +9,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import socket
 import time
 import uuid
@@ -22,6 +24,10 @@ from orchestrator import storage
 from orchestrator.config import Recipe, changed_values
 from orchestrator.errors import LastingStorageError, RunFailed, UserError
 from orchestrator.fault_config import BaseFault
+
+log = logging.getLogger(__name__)
+
+_EVENT_FILE, _METRICS_FILE = re.compile(r"(\d+)-\w+\.json"), re.compile(r"attempt-(\d+)\.jsonl")
 
 STARTED_OVER = "started-over.json"
 """In the directory of the checkpoints, so that who commits and who reads look at the same place."""
@@ -193,7 +199,8 @@ class RunDir:
     def attempts(self) -> list[int]:
         """Numbers of the claimed attempts, in order."""
         names = storage.list_files(self.path("attempts"))
-        return sorted(int(name.split("/")[0]) for name in names if name.endswith("/plan.json"))
+        claims = (name.split("/") for name in names if name.endswith("/plan.json"))
+        return sorted(int(claim[0]) for claim in claims if claim[0].isdigit())
 
     def last_schedule(self, step: int | None = None) -> dict[str, Any] | None:
         """What the newest attempt (at a step: that came to it) was to consume, with its `attempt`."""
@@ -237,28 +244,35 @@ class RunDir:
     def log_event(self, event: str, **facts: Any) -> None:
         """Append one fact to the event log."""
         record = {"event": event, "time": time.time(), "by": holder(), **facts}
-        number = max((int(name.split("-")[0]) for name in storage.list_files(self.path("events"))), default=0) + 1
+        number = max((int(name.split("-")[0]) for name in self._event_files()), default=0) + 1
         while not storage.create(self.path("events", f"{number:06d}-{event}.json"), _dump(record)):
             number += 1
 
     def events(self) -> list[dict[str, Any]]:
-        """Every fact, in the order in which they were written."""
-        uris = [self.path("events", name) for name in storage.list_files(self.path("events"))]
-        if not storage.is_s3(self.uri):
-            return [json.loads(storage.read(uri)) for uri in uris]
-        with ThreadPoolExecutor(16) as threads:  # a request each
-            return [json.loads(text) for text in threads.map(storage.read, uris)]
+        """Every fact, in the order in which they were written. What is damaged is left out, with a warning."""
+        uris = [self.path("events", name) for name in self._event_files()]
+        with ThreadPoolExecutor(16) as threads:  # on S3, a request each
+            texts = list((threads.map if storage.is_s3(self.uri) else map)(storage.read, uris))
+        found = [(uri, _record(text)) for uri, text in zip(uris, texts, strict=True)]
+        for uri, record in found:
+            if not {"event", "time"} <= record.keys():
+                log.warning("%s is damaged, and left out", uri)
+        return [record for _, record in found if {"event", "time"} <= record.keys()]
+
+    def _event_files(self) -> list[str]:
+        return [name for name in storage.list_files(self.path("events")) if _EVENT_FILE.fullmatch(name)]
 
     def metric_lines(self, only: int | None = None) -> list[dict[str, Any]]:
-        """All step records of all attempts, or of one, in attempt and then step order, each with its `attempt`."""
+        """All step records of all attempts, or of one, in attempt and then step order, each with its `attempt`. What is
+        damaged is left out."""
         lines = []
-        for name in storage.list_files(self.path("metrics")):
-            attempt = int(name.removeprefix("attempt-").removesuffix(".jsonl"))
+        for name in filter(None, map(_METRICS_FILE.fullmatch, storage.list_files(self.path("metrics")))):
+            attempt = int(name[1])
             if only not in (None, attempt):
                 continue
-            whole, _, _ = storage.read(self.path("metrics", name)).decode().rpartition("\n")  # not a line half written
-            for text in whole.splitlines():
-                lines.append({"attempt": attempt, **json.loads(text)})
+            whole, _, _ = storage.read(self.path("metrics", name[0])).rpartition(b"\n")  # not a line half written
+            records = map(_record, whole.splitlines())
+            lines += [{"attempt": attempt, **record} for record in records if "step" in record]
         return lines
 
     def loss_curve(self) -> dict[int, dict[str, Any]]:
@@ -365,3 +379,12 @@ def _versions() -> dict[str, str]:
 
 def _dump(value: Any) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=False) + "\n").encode()
+
+
+def _record(text: bytes) -> dict[str, Any]:
+    """A JSON object; empty where it is none."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

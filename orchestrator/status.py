@@ -157,7 +157,9 @@ def worker_logs(run: RunDir, attempt: int | None, rank: int | None) -> dict[str,
         whose = run.uri if attempt is None else f"attempt {attempt} of {run.uri}"
         raise UserError(f"{whose} has no log{'' if rank is None else f' of rank {rank}'}")
     folder = run.attempt_logs(number)
-    return {f"attempt {number} {name}": storage.read(storage.join(folder, name)).decode() for name in names}
+    return {
+        f"attempt {number} {name}": storage.read(storage.join(folder, name)).decode(errors="replace") for name in names
+    }
 
 
 def _log_names(run: RunDir, attempt: int, rank: int | None) -> list[str]:

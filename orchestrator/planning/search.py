@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, fields, replace
@@ -151,8 +152,25 @@ def plan(
         raise capacity_error(train, pools, lacking)
     if not rejected:
         raise impossible[0]
+    if past.ceilings and (least := _least(train, shape, pools, prefer, past)):
+        return least
     nearest = min(rejected, key=lambda r: r.memory_bytes)
     raise PlanError(f"no layout fits; the nearest is {nearest.layout}: {nearest.why}", memory_hint(train))
+
+
+def _least(
+    train: TrainConfig, shape: ModelShape, pools: Sequence[NodePool], prefer: Set[str], past: Past
+) -> Plan | None:
+    """The plan that takes the least of what there is, where none takes as little as the past asks for: most of what a
+    small model takes is the same in every layout, and what ran out may have been taken by a neighbour."""
+    found: list[Plan] = []
+    for pool in pools:
+        with contextlib.suppress(PlanError):
+            found += _search(train, shape, pool, prefer, replace(past, ceilings={})).all_that_fit()
+    if not found:
+        return None
+    least = min(found, key=lambda p: (p.memory_bytes, p.step_time_s))
+    return replace(least, reason="takes the least of all layouts, since more ran out of memory")
 
 
 def _best(train: TrainConfig, shape: ModelShape, fitting: list[Plan], rejected: list[_Rejected], past: Past) -> Plan:
@@ -217,6 +235,9 @@ class _Search:
             if fitting:
                 break
         return fitting, rejected
+
+    def all_that_fit(self) -> list[Plan]:
+        return [found for layout in self._variants() for found in self._judged(layout) if isinstance(found, Plan)]
 
     def short_of(self) -> Shortage | _Rejected | None:
         """What the pool lacks for as many workers as there must be, or were once: devices, or memory even so."""

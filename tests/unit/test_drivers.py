@@ -138,3 +138,10 @@ def test_claims_of_the_past_go(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> 
         with claim(run, PACE):
             pass
     assert [name for name in files(run) if name.endswith(".json")] == ["000003.json", "000004.json", "000005.json"]
+
+
+def test_a_claim_that_cannot_be_read_is_waited_for_like_one_of_another_machine(run: RunDir) -> None:
+    storage.write(storage.join(run.drivers, "000001.json"), b"x")
+    with claim(run, PACE) as driver:
+        driver.check()
+    assert "000002.released" in files(run)

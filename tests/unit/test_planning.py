@@ -247,23 +247,21 @@ def ended(attempt: int, found: Plan, outcome: str) -> list[dict[str, Any]]:
     return [planned, {"event": "attempt_ended", "attempt": attempt, "outcome": outcome}]
 
 
-def test_after_a_lack_of_memory_the_next_plan_takes_a_tenth_less_until_none_is_left() -> None:
+def test_after_a_lack_of_memory_the_next_plan_takes_a_tenth_less_and_in_the_end_the_least() -> None:
     events: list[dict[str, Any]] = []
     took: list[Plan] = []
-    with pytest.raises(PlanError) as caught:
-        while True:
-            took.append(plan(recipe(workers=2, sequence_length=2048), SMALL, [pool(gib=64)], past=learned(events)))
-            events += ended(len(took), took[-1], "out_of_memory")
-    assert all(after.memory_bytes <= 0.9 * before.memory_bytes for before, after in itertools.pairwise(took))
+    while len(took) < 2 or took[-1].in_full != took[-2].in_full:
+        took.append(plan(recipe(workers=2, sequence_length=2048), SMALL, [pool(gib=64)], past=learned(events)))
+        events += ended(len(took), took[-1], "out_of_memory")
+    *less, least, again = took
+    assert all(after.memory_bytes <= 0.9 * before.memory_bytes for before, after in itertools.pairwise(less))
+    assert least.memory_bytes <= less[-1].memory_bytes
     assert [found.recompute for found in took] == sorted(found.recompute for found in took)
-    assert took[-1].recompute, "which is tried before giving up"
-    assert took[-1].micro_batch_size == 1
-    assert (
-        f"an attempt that was to take {took[-1].memory_bytes / GIB:.1f} GiB ran out of memory" in caught.value.message
-    )
-    assert not isinstance(caught.value, CapacityError), "more devices are not what is missing"
+    assert least.recompute
+    assert least.micro_batch_size == 1
     assert len(took) < 10
     assert "since more ran out of memory" in took[1].reason
+    assert again.reason == "takes the least of all layouts, since more ran out of memory"
 
 
 def test_what_ran_out_of_memory_on_one_kind_of_device_says_nothing_of_another() -> None:

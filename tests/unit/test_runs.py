@@ -81,3 +81,25 @@ def test_an_injected_fault_comes_once(anywhere: str) -> None:
     run = RunDir(storage.join(anywhere, "r"))
     first, second = (KillRank(kind="kill_rank", rank=1, step=step) for step in (5, 6))
     assert [run.claim_fault(first), run.claim_fault(first), run.claim_fault(second)] == [True, False, True]
+
+
+def test_files_that_are_damaged_or_foreign_block_no_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = RunDir(str(tmp_path / "r"))
+    made.log_event("driver_started")
+    for name, content in {
+        "events/garbage.json": b'{"bad',
+        "events/000002-empty.json": b"",
+        "events/000003-list.json": b"[]",
+        "events/000004-other.json": b"{}",
+        "events/000005-bytes.json": b"\xff\xfe",
+        "metrics/foo": b"1\n",
+        "metrics/attempt-x.jsonl": b"{}\n",
+        "metrics/attempt-001.jsonl": b'\xff\n[]\nnull\n{"step": 1}\n{"step": 2',
+        "attempts/zzz/plan.json": b"{}",
+    }.items():
+        storage.write(made.path(*name.split("/")), content)
+    made.log_event("stage_started")
+    assert [event["event"] for event in made.events()] == ["driver_started", "stage_started"]
+    assert caplog.text.count("is damaged, and left out") == 4
+    assert made.metric_lines() == [{"attempt": 1, "step": 1}]
+    assert made.attempts() == []

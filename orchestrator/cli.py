@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from orchestrator.cli_arguments import Address, AsJson, Overrides, RecipePath, RunPath
+from orchestrator.cli_plan import plan
 from orchestrator.cli_simulate import simulate
 from orchestrator.errors import Interrupted, StorageError, UserError
 
@@ -139,31 +140,7 @@ def _shortest(uri: str) -> str:
     return relative if len(relative) < len(uri) else uri
 
 
-@app.command()
-def plan(recipe: RecipePath, overrides: Overrides = None, address: Address = None, as_json: AsJson = False) -> None:
-    """The layout that training would take on the cluster as it is now, and why others lost."""
-    from dataclasses import asdict
-
-    from orchestrator import cluster
-    from orchestrator.capacity import make_plan
-    from orchestrator.config import load_recipe
-    from orchestrator.hub import pinned
-    from orchestrator.runs import run_of
-    from orchestrator.stages import check_inputs
-
-    loaded = pinned(load_recipe(recipe, overrides or []))
-    check_inputs(loaded)
-    with cluster.connection(address):
-        found = make_plan(run_of(loaded), loaded)
-    if as_json:
-        typer.echo(json.dumps(asdict(found), indent=2))
-        return
-    memory, time_s = found.memory_bytes / 2**30, found.step_time_s
-    typer.echo(f"{found}: {memory:.1f} GiB a worker, {time_s:.2f} s a step (predicted); {found.reason}")
-    for loser in found.losers:
-        typer.echo(f"  {loser}")
-
-
+app.command()(plan)
 app.command()(simulate)
 
 
@@ -322,8 +299,20 @@ def doctor(
     preflight: Annotated[
         bool, typer.Option(help="Measure this machine's first device, and test its arithmetic.")
     ] = False,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(metavar="FILE.toml", help="Measure this machine's first device for plans; write a platform file."),
+    ] = None,
 ) -> None:
     """What this machine, or the cluster at --address, can run, with what to fix."""
+    if calibrate is not None:
+        from orchestrator.calibration import calibrate as measure
+
+        found = measure(calibrate)
+        name = f"{found.name}: {len(found.flops_by_size)} dtypes, {found.memory_bytes_per_s / 1e9:,.0f} GB/s of memory"
+        values, file = json.dumps({"file": calibrate, "name": found.name}), Path(calibrate).absolute()
+        typer.echo(values if as_json else f"{name} -> {file}; name it in a cluster file: device: {file}")
+        return
     from orchestrator.doctor import examine, measured
 
     checks = [*examine(address), *(measured() if preflight else [])]

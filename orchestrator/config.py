@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -134,7 +135,19 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Raises:
         UserError: with the file, line and dotted name of each wrong value, and the nearest right name for a wrong key.
     """
-    document = parse(str(path), read(path))
+    return _recipe(parse(str(path), read(path)), overrides)
+
+
+def recipe_of(values: dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe that stands in no file.
+
+    Raises:
+        UserError: as load_recipe does.
+    """
+    return _recipe(Document("recipe", values, {}), overrides)
+
+
+def _recipe(document: Document, overrides: Sequence[str]) -> Recipe:
     for override in overrides:
         document.apply(override)
     try:

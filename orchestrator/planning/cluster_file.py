@@ -12,23 +12,45 @@ pools:
     node_mtbf_hours: 6300
     repair_hours: 24
 
-What a reader needs and a pool does not say is asked for by that reader: `required` names it with its line.
+`device: a100-40` takes the figures of a device of devices.toml, or of a platform file (`device: my/node.toml`, relative
+to the cluster file), for all that the pool itself does not say. What a reader needs and a pool does not say is asked
+for by that reader: `required` names it.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from orchestrator.config_section import Count, Positive, Section
 from orchestrator.errors import UserError
+from orchestrator.planning.platform import Device, Dtype, device, device_file
 from orchestrator.recipe_file import Document, parse, read
 
-Dtype = Literal["fp32", "bf16", "fp16"]
 NotNegative = Annotated[float, Field(ge=0)]
+
+
+_SHARED = (
+    "accelerator",
+    "devices_per_node",
+    "memory_gib",
+    "tflops",
+    "efficiency",
+    "device_link_gb_per_s",
+    "node_link_gb_per_s",
+    "node_link_latency_us",
+    "price_per_device_hour",
+    "node_mtbf_hours",
+)
+"""Keys that a pool and a device have in common."""
+
+
+def _device(name: str) -> Device:
+    return device_file(name) if name.endswith(".toml") else device(name)
 
 
 class Spot(Section):
@@ -57,6 +79,8 @@ class Pool(Section):
     """Nodes with like devices, between which a plan may stretch."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    device: str | None = None
+    """A device of devices.toml by its name, or a platform file (.toml): it says what the pool does not."""
     accelerator: Literal["cuda", "dcu", "cpu"] = "cuda"
     nodes: Count
     devices_per_node: Count
@@ -85,10 +109,42 @@ class Pool(Section):
     spot: Spot | None = None
     stragglers: Stragglers | None = None
 
+    @field_validator("device")
+    @classmethod
+    def device_is_known(cls, name: str | None) -> str | None:
+        if name is not None:
+            try:
+                _device(name)
+            except UserError as error:
+                raise ValueError(f"{error.message}; {error.hint}") from None
+        return name
+
+    @model_validator(mode="before")
+    @classmethod
+    def device_fills_in(cls, values: Any) -> Any:
+        """A device that is not known is left to its own validator."""
+        if not isinstance(values, dict) or not isinstance(values.get("device"), str):
+            return values
+        try:
+            known = _device(values["device"])
+        except UserError:
+            return values
+        told = {key: getattr(known, key) for key in _SHARED}
+        return {**{key: value for key, value in told.items() if value is not None}, **values}
+
     @property
     def devices(self) -> int:
         """Without those of spare nodes."""
         return self.nodes * self.devices_per_node
+
+    @property
+    def figures(self) -> Device:
+        """What its devices do: of `device`, or of the kind where there is none, with what the pool says itself."""
+        known = _device(self.device) if self.device else device(self.accelerator)
+        told = {key: getattr(self, key) for key in _SHARED if key in self.model_fields_set}
+        if "node_link_gb_per_s" in told and not self.device:
+            told.setdefault("device_link_gb_per_s", None)
+        return known.model_copy(update={key: value for key, value in told.items() if key in Device.model_fields})
 
 
 class StorageSpeed(Section):
@@ -119,10 +175,19 @@ def load_cluster(path: str) -> Cluster:
         UserError: with the file, line and dotted name of each wrong value, and the nearest right name for a wrong key.
     """
     document = parse(path, read(path, "cluster file"), "cluster file")
+    _settle_device_files(document.values, Path(path).parent)
     try:
         return Cluster.model_validate(document.values)
     except ValidationError as error:
         raise _explain(document, error) from None
+
+
+def _settle_device_files(values: dict[str, Any], folder: Path) -> None:
+    pools = values.get("pools")
+    for pool in pools if isinstance(pools, list) else []:
+        name = pool.get("device") if isinstance(pool, dict) else None
+        if isinstance(name, str) and name.endswith(".toml"):
+            pool["device"] = str(folder / name)
 
 
 def required(pool: Pool, key: str, what_for: str) -> Any:

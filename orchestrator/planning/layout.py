@@ -80,6 +80,11 @@ def why_zero_stage(train: TrainConfig, layout: Layout) -> str:
     return f"; ZeRO-{layout.zero_stage} in place of ZeRO-{asked}, which would add up or clip gradients wrongly"
 
 
+def even_layers(layers: int, stages: int) -> tuple[int, ...]:
+    """Of each pipeline stage; what is left over goes to the last ones, where fewer micro-batches are in flight."""
+    return tuple(layers // stages + (stage >= stages - layers % stages) for stage in range(stages))
+
+
 def _layers_per_stage(asked: LayoutConfig, layers: int) -> tuple[int, ...]:
     stages, given = asked.pipeline_stages, asked.layers_per_stage
     if not given:
@@ -88,7 +93,7 @@ def _layers_per_stage(asked: LayoutConfig, layers: int) -> tuple[int, ...]:
                 f"train.layout.pipeline_stages={stages} is more than the model's {layers} layers",
                 f"use {layers} or less",
             )
-        return tuple(layers // stages + (stage >= stages - layers % stages) for stage in range(stages))
+        return even_layers(layers, stages)
     if len(given) != stages or sum(given) != layers:
         raise PlanError(
             f"train.layout.layers_per_stage={list(given)} must have one entry for each of the {stages} pipeline stages "

@@ -105,6 +105,29 @@ def memory_by_stage(
     return tuple(_stage_memory(shape, layout, platform, load, stage, block, host_memory) for stage in stages)
 
 
+def fullest_stage_memory(
+    shape: ModelShape, layout: Layout, platform: Platform, load: Load, *, host_memory: bool = False
+) -> Memory:
+    """Of the stage that takes the most, without a look at every one: of stages with as many blocks the earliest does,
+    since the most micro-batches are in flight there."""
+    block = block_activations(shape, layout, platform, load)
+    last = layout.pipeline_stages - 1
+    first_alike: dict[int, int] = {}
+    for stage in range(1, last):
+        first_alike.setdefault(layout.layers_per_stage[stage], stage)
+    found = [
+        _stage_memory(shape, layout, platform, load, stage, block, host_memory)
+        for stage in {0, *first_alike.values(), last}
+    ]
+    return max(found, key=lambda memory: memory.total)
+
+
+def stage_memory(shape: ModelShape, layout: Layout, platform: Platform, load: Load, stage: int) -> Memory:
+    """Of a worker of one stage, on devices with memory of their own."""
+    block = block_activations(shape, layout, platform, load)
+    return _stage_memory(shape, layout, platform, load, stage, block, host_memory=False)
+
+
 def _stage_memory(
     shape: ModelShape, layout: Layout, platform: Platform, load: Load, stage: int, block: float, host_memory: bool
 ) -> Memory:

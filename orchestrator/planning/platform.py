@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from orchestrator.config_section import Count, Positive, Section
 from orchestrator.errors import UserError
@@ -165,6 +166,30 @@ def device(name: str) -> Device:
             f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}",
         )
     return known[name]
+
+
+@cache
+def device_file(path: str) -> Device:
+    """A device as a calibration describes it: the keys of `Device` in TOML.
+
+    Raises:
+        UserError: it cannot be read, or a key or value is wrong.
+    """
+    try:
+        return Device.model_validate(tomllib.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"cannot read the platform file {path}: {error}", "terrane doctor --calibrate writes one"
+        ) from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path} is not TOML: {error}", "terrane doctor --calibrate writes one") from None
+    except ValidationError as error:
+        raise UserError(f"{path}: {wrong_figures(error)}", f"keys are {', '.join(Device.model_fields)}") from None
+
+
+def wrong_figures(error: ValidationError) -> str:
+    """What pydantic found wrong with figures of a device, in a line."""
+    return "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg'].lower()}" for item in error.errors())
 
 
 def nominal(accelerator: str) -> Platform:

@@ -80,7 +80,7 @@ def predict(
         sequence_length=sequence_length,
         sequence_parallel=sequence_parallel,
     )
-    step = step_time(shape, layout, platform, load, global_batch_size)
+    step = step_time(shape, layout, platform, load, math.ceil(global_batch_size / data_parallel) * data_parallel)
     tokens_per_second = global_batch_size * sequence_length / step.total
     return Prediction(
         stages=memory_by_stage(shape, layout, platform, load, host_memory=host_memory),

@@ -341,7 +341,7 @@ def largest_batch(train: TrainConfig) -> int:
     return max(train.global_batch_size, *(stretch.sequences for stretch in train.batch_ramp), 1)
 
 
-_DTYPES = {"cpu": ("fp32", "bf16"), "dcu": ("fp16", "fp32", "bf16"), "cuda": ("bf16", "fp16", "fp32")}
+DTYPES = {"cpu": ("fp32", "bf16"), "dcu": ("fp16", "fp32", "bf16"), "cuda": ("bf16", "fp16", "fp32")}
 """What each kind of device computes in, the best first."""
 
 
@@ -351,7 +351,7 @@ def choose_dtype(asked: str, pool: NodePool) -> str:
     Raises:
         PlanError: they do not compute in what is asked for.
     """
-    native = [dtype for dtype in _DTYPES[pool.accelerator] if dtype != "bf16" or pool.bf16]
+    native = [dtype for dtype in DTYPES[pool.accelerator] if dtype != "bf16" or pool.bf16]
     if asked == "auto":
         return native[0]
     if asked not in native:

@@ -15,6 +15,10 @@ from orchestrator.planning.shape import ModelShape
 
 PLATFORMS = {accelerator: nominal(accelerator) for accelerator in ACCELERATORS}
 
+_STATES = 16
+"""Bytes of a parameter that an update reads and writes. On the host, whose memory all devices of a node share, each
+does so about as fast as over its link: an estimate."""
+
 MEMORY_PASSES = 6
 """Over what a block keeps for its backward pass: written and read forward, read backward, its gradient written and read
 twice, by kernels that are not fused."""
@@ -126,6 +130,56 @@ def step_time(shape: ModelShape, layout: Layout, platform: Platform, load: Load,
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pace:
+    """Of stages that are alike: a micro-batch takes fixed_s and sequence_s for each sequence in it."""
+
+    stages: int
+    sequence_s: float
+    fixed_s: float
+    reduce_s: float
+    """Of gradients, once a step."""
+    update_s: float
+    """With what offloading costs."""
+
+
+def paces(shape: ModelShape, layout: Layout, platform: Platform, load: Load) -> tuple[Pace, ...]:
+    """Step times of a layout with any micro-batch, since they are affine in its size.
+
+    Args:
+        load: whose micro-batch and accumulation do not matter.
+    """
+    blocks, last = layout.layers_per_stage, layout.pipeline_stages - 1
+    alike = Counter((of_stage, stage == 0, stage == last) for stage, of_stage in enumerate(blocks))
+    return tuple(
+        stage_pace(shape, layout, platform, load, held, first, last, number)
+        for (held, first, last), number in alike.items()
+    )
+
+
+def stage_pace(
+    shape: ModelShape,
+    layout: Layout,
+    platform: Platform,
+    load: Load,
+    blocks: int,
+    first: bool,
+    last: bool,
+    stages: int = 1,
+) -> Pace:
+    """Of a stage of so many blocks, whatever the layout says of them."""
+    one = replace(load, micro_batch_size=1)
+    single, double = (_stage_time(shape, layout, platform, one, filled, blocks, first, last) for filled in (1.0, 2.0))
+    sequence_s = double.total - single.total
+    return Pace(
+        stages=stages,
+        sequence_s=sequence_s,
+        fixed_s=single.total - sequence_s,
+        reduce_s=single.data_parallel,
+        update_s=single.offload + single.update,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class _StageTime:
     """Seconds of a worker of one stage in one micro-batch, the last three in one step."""
 
@@ -175,8 +229,8 @@ def _stage_time(
         fetch=3 * data.pass_s(replicas, weights) if split else 0.0,
         overhead=platform.micro_batch_overhead_s + (blocks + first + last) * platform.layer_overhead_s,
         data_parallel=0.0 if split else 2 * data.pass_s(replicas, weights),
-        offload=(4 + load.width) * offloaded / platform.host_link_bytes_per_s,
-        update=2 * 16 * (0 if layout.offload else states) / platform.memory_bytes_per_s,
+        offload=(4 + load.width + 2 * _STATES) * offloaded / platform.host_link_bytes_per_s,
+        update=2 * _STATES * (0 if layout.offload else states) / platform.memory_bytes_per_s,
     )
 
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from orchestrator.accelerators import Accelerator
 from orchestrator.data.schedule import Share
+from orchestrator.planning.deepspeed_config import deepspeed_config
 from orchestrator.planning.search import Plan
 from orchestrator.train import checkpoints, pipeline, zero
 from orchestrator.train.fragments import PARAM, Fragment
@@ -333,35 +334,3 @@ def parameter_groups(parts: zero.Parts, weight_decay: float) -> list[dict[str, A
         {"params": [p for part, p in parts if len(part.shape) < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
-
-
-def deepspeed_config(config: TrainConfig, plan: Plan, numel: int) -> dict[str, Any]:
-    """
-    Args:
-        numel: elements of the parameters of one rank, before ZeRO splits them.
-    """
-    bucket = min(numel, 2 * 10**8)
-    on_gpu = plan.accelerator != "cpu"
-    zero_optimization: dict[str, Any] = {
-        "stage": plan.zero_stage,
-        "reduce_bucket_size": bucket,
-        "allgather_bucket_size": bucket,
-        "overlap_comm": on_gpu,
-    }
-    if plan.offload:
-        zero_optimization["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
-    return {
-        "train_micro_batch_size_per_gpu": plan.micro_batch_size,
-        "gradient_accumulation_steps": plan.accumulation,
-        # ZeRO-0 clips without telling the norm: orchestrator.train.zero does it there.
-        "gradient_clipping": config.clip_norm if plan.zero_stage else 0.0,
-        "zero_optimization": zero_optimization,
-        "bf16": {"enabled": plan.dtype == "bf16"},
-        "fp16": {"enabled": plan.dtype == "fp16"},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "wall_clock_breakdown": False,
-        "steps_per_print": 10**9,
-    }

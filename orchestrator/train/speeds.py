@@ -38,10 +38,29 @@ def matrix_flops(device: torch.device, dtype: torch.dtype) -> Rate:
     """Floating-point operations in products of square matrices, of a size that fits the device."""
     for size in _sizes(device):
         product = _product(device, dtype, size)
-        took = min(_seconds(device, product, 3))
+        took = min(seconds(device, product, 3))
         if took > LONG_ENOUGH_S[device.type]:
             break
-    return _rate(2 * size**3, _seconds(device, product, max(3, min(REPETITIONS, int(AT_MOST_S / took)))))
+    return _rate(2 * size**3, seconds(device, product, max(3, min(REPETITIONS, int(AT_MOST_S / took)))))
+
+
+def matrix_flops_by_size(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
+    """(best, median) of operations a second by the number of rows, up to one of which a product takes long.
+
+    Empty where the device has no kernels for them."""
+    found: dict[str, tuple[float, float]] = {}
+    for size in _sizes(device):
+        try:
+            product = _product(device, dtype, size)
+            took = min(seconds(device, product, 3))
+            repetitions = max(3, min(REPETITIONS, int(AT_MOST_S / took)))
+            rate = _rate(2 * size**3, seconds(device, product, repetitions))
+        except RuntimeError:
+            return {}
+        found[str(size)] = (rate.best, rate.median)
+        if took > AT_MOST_S:
+            break
+    return found
 
 
 def memory_bandwidth(device: torch.device) -> Rate:
@@ -51,8 +70,8 @@ def memory_bandwidth(device: torch.device) -> Rate:
     target = torch.zeros_like(source)
     part = size // PARTS[device.type]
     parts = list(zip(torch.split(target, part), torch.split(source, part), strict=True))
-    seconds = [took for to, of in parts * 4 for took in _seconds(device, functools.partial(to.copy_, of), 1)]
-    return _rate(2 * part, seconds)
+    every = [took for to, of in parts * 4 for took in seconds(device, functools.partial(to.copy_, of), 1)]
+    return _rate(2 * part, every)
 
 
 def _product(device: torch.device, dtype: torch.dtype, size: int) -> Callable[[], object]:
@@ -62,7 +81,8 @@ def _product(device: torch.device, dtype: torch.dtype, size: int) -> Callable[[]
     return lambda: torch.matmul(left, right, out=result)
 
 
-def _seconds(device: torch.device, work: Callable[[], object], repetitions: int) -> list[float]:
+def seconds(device: torch.device, work: Callable[[], object], repetitions: int) -> list[float]:
+    """Of each repetition, until the device is done."""
     return list(_timed(device, work, repetitions))
 
 
@@ -80,8 +100,8 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _rate(amount: float, seconds: list[float]) -> Rate:
-    return Rate(best=amount / min(seconds), median=amount / statistics.median(seconds))
+def _rate(amount: float, took: list[float]) -> Rate:
+    return Rate(best=amount / min(took), median=amount / statistics.median(took))
 
 
 def _sizes(device: torch.device) -> Iterator[int]:

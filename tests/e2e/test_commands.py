@@ -143,7 +143,7 @@ def test_a_damaged_shard_is_named_and_not_tried_again(calm: RunDir, tmp_path: Pa
     "arguments",
     [
         ("bogus",),
-        ("plan",),
+        ("report",),
         ("plan", RECIPE, "--adress", "auto"),
         ("export", "runs/x", "--step", "abc"),
         ("run", "--stage"),

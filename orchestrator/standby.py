@@ -22,8 +22,9 @@ CHANGED_S = 5.0
 """After a group for another plan."""
 MOST = 2
 """Groups of a command at a time before another stands by: the live one, and one that is going."""
-UNWIND_S = 15.0
-"""How long Ray Train is given, at the end of a command, to clear away after its worker groups."""
+UNWIND_S = 180.0
+"""How long Ray Train is given, at the end of a command, to clear away after its worker groups: those that were starting
+have to start first. A thread that still waits for it when Ray is shut down ends the process with exit code 1."""
 
 
 class Standby:

@@ -11,6 +11,7 @@ to the others it looks the same.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shlex
 import shutil
@@ -84,13 +85,17 @@ def _namespaces() -> Namespaces | None:
 # --- namespaces -------------------------------------------------------------------------------------------------------
 
 
+_NUMBERS = itertools.count()
+"""Of the networks of this process."""
+
+
 class Namespaces:
     kind = "network namespaces"
 
     def __init__(self) -> None:
-        pid = os.getpid()
-        self._prefix = f"10.{200 + pid % 50}.{pid // 50 % 250}"
-        self._outside, self._here = "", f"trn{pid}"
+        pid, number = os.getpid(), next(_NUMBERS)
+        self._prefix = f"10.{200 + pid % 50}.{(pid // 50 + number) % 250}"
+        self._outside, self._here = "", f"trn{pid}n{number}"
         script = f"ip link add switch type bridge && ip link set switch up && echo {_READY} && exec cat >/dev/null"
         self._process = subprocess.Popen(
             ["unshare", "--net", "sh", "-c", script],

@@ -217,7 +217,8 @@ class Attempt:
         self._interrupts += 1
         if self._interrupts > 1:
             raise Interrupted("stopped at once; what the last checkpoint holds is safe", "run the same command")
-        log.warning("stopping: the workers commit after this step (Ctrl-C again to drop it)")
+        when = "after this step" if self.last_step else "after their first step"
+        log.warning("stopping: the workers commit %s (Ctrl-C again to drop it)", when)
         self._stop_wanted = True
 
     def _tell_workers(self) -> None:

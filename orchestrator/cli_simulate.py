@@ -21,10 +21,10 @@ def simulate(
     detection_s: Annotated[float | None, typer.Option(min=0, help="until a failure is noticed")] = None,
     exchange_s: Annotated[float, typer.Option(min=0, help="that a step takes longer where several pools train")] = 0.0,
     like: Annotated[str | None, typer.Option(metavar="RUN", help="take the costs that a run has measured")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="default: train.steps")] = None,
-    spares: Annotated[int | None, typer.Option(min=0, help="spare nodes of each pool")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=10**9, help="default: train.steps")] = None,
+    spares: Annotated[int | None, typer.Option(min=0, max=100_000, help="spare nodes of each pool")] = None,
     play_faults: Annotated[bool, typer.Option("--faults", help="play the recipe's faults, too")] = False,
-    replications: Annotated[int, typer.Option(min=2)] = 16,
+    replications: Annotated[int, typer.Option(min=2, max=10_000)] = 16,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     as_json: AsJson = False,
 ) -> None:

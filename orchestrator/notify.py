@@ -14,7 +14,9 @@ import logging
 import os
 import queue
 import shutil
+import signal
 import subprocess
+import tempfile
 import threading
 import time
 import urllib.error
@@ -223,13 +225,26 @@ def _post(address: str, message: dict[str, Any]) -> None:
 
 
 def _call(command: tuple[str, ...], message: dict[str, Any]) -> None:
-    try:
-        done = subprocess.run(command, input=_json(message), capture_output=True, timeout=TIMEOUT_S, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise _NotSent(f"{command[0]}: {type(error).__name__}") from None
-    if done.returncode:
-        last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-        raise _NotSent(f"{command[0]} ended with {done.returncode}: {last}")
+    """What the command leaves running in the background is left alone, unless the command itself takes too long."""
+    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as errors:  # a pipe is held open by its children
+        given.write(_json(message))
+        given.seek(0)
+        try:
+            process = subprocess.Popen(
+                command, stdin=given, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True
+            )
+        except (OSError, ValueError) as error:  # as of a NUL in an argument
+            raise _NotSent(f"{command[0]}: {error}") from None
+        try:
+            status = process.wait(TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise _NotSent(f"{command[0]} did not end within {TIMEOUT_S:.0f} s") from None
+        if status:
+            errors.seek(0)
+            last = errors.read().decode(errors="replace").strip().rpartition("\n")[2]
+            raise _NotSent(f"{command[0]} ended with {status}: {last}")
 
 
 def _address(webhook: str) -> str:

@@ -26,12 +26,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from orchestrator.config_section import Count, Positive, Section
+from orchestrator.config_section import Positive, Section
 from orchestrator.errors import UserError
 from orchestrator.planning.platform import Device, Dtype, device, device_file
 from orchestrator.recipe_file import Document, parse, read
 
 NotNegative = Annotated[float, Field(ge=0)]
+MOST = 1_000_000
+"""Of nodes, and of devices in one: what is more is a slip of the pen."""
 
 
 _SHARED = (
@@ -82,10 +84,10 @@ class Pool(Section):
     device: str | None = None
     """A device of devices.toml by its name, or a platform file (.toml): it says what the pool does not."""
     accelerator: Literal["cuda", "dcu", "cpu"] = "cuda"
-    nodes: Count
-    devices_per_node: Count
+    nodes: int = Field(ge=1, le=MOST)
+    devices_per_node: int = Field(ge=1, le=MOST)
     """Devices that take one worker each."""
-    spare_nodes: int = Field(default=0, ge=0)
+    spare_nodes: int = Field(default=0, ge=0, le=MOST)
     """Held beside `nodes`, to take the place of those that fail."""
     memory_gib: Positive | None = None
     """Of a device; of a CPU worker its share of the node's memory."""

@@ -7,6 +7,7 @@ from functools import cache
 
 from orchestrator.accelerators import ACCELERATORS, Node, NodePool, Speeds
 from orchestrator.config import Recipe
+from orchestrator.data.tokenizer import planned_vocabulary
 from orchestrator.errors import PlanError, UserError
 from orchestrator.planning import search
 from orchestrator.planning.cluster_file import Pool, required
@@ -20,7 +21,7 @@ _GIB = 2**30
 
 def recipe_shape(recipe: Recipe) -> ModelShape:
     """The model of a recipe whose corpus need not exist yet."""
-    return model_shape(recipe, recipe.tokenizer.vocab_size)
+    return model_shape(recipe, planned_vocabulary(recipe))
 
 
 def planned_step_s(recipe: Recipe, pool: Pool) -> StepTime:

@@ -41,7 +41,7 @@ def matrix_flops(device: torch.device, dtype: torch.dtype) -> Rate:
         took = min(seconds(device, product, 3))
         if took > LONG_ENOUGH_S[device.type]:
             break
-    return _rate(2 * size**3, seconds(device, product, max(3, min(REPETITIONS, int(AT_MOST_S / took)))))
+    return _repeated(device, product, size, took)
 
 
 def matrix_flops_by_size(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
@@ -53,8 +53,7 @@ def matrix_flops_by_size(device: torch.device, dtype: torch.dtype) -> dict[str, 
         try:
             product = _product(device, dtype, size)
             took = min(seconds(device, product, 3))
-            repetitions = max(3, min(REPETITIONS, int(AT_MOST_S / took)))
-            rate = _rate(2 * size**3, seconds(device, product, repetitions))
+            rate = _repeated(device, product, size, took)
         except RuntimeError:
             return {}
         found[str(size)] = (rate.best, rate.median)
@@ -79,6 +78,11 @@ def _product(device: torch.device, dtype: torch.dtype, size: int) -> Callable[[]
     left, right = (torch.randn((size, size), generator=random).to(device, dtype) for _ in range(2))
     result = torch.empty_like(left)
     return lambda: torch.matmul(left, right, out=result)
+
+
+def _repeated(device: torch.device, product: Callable[[], object], size: int, took_s: float) -> Rate:
+    repetitions = max(3, min(REPETITIONS, int(AT_MOST_S / took_s)))
+    return _rate(2 * size**3, seconds(device, product, repetitions))
 
 
 def seconds(device: torch.device, work: Callable[[], object], repetitions: int) -> list[float]:

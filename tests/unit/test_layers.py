@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -113,9 +113,10 @@ def test_heavy_imports_happen_where_they_are_used(file: Path) -> None:
 
 
 def test_help_answers_in_half_a_second() -> None:
-    def seconds() -> float:
-        before = time.perf_counter()
+    def cpu_seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-m", "orchestrator", "--help"], check=True, capture_output=True, cwd=ROOT)
-        return time.perf_counter() - before
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert min(seconds() for _ in range(5)) < 0.5  # the least of five: the machine may be busy
+    assert min(cpu_seconds() for _ in range(5)) < 0.5  # of its processor, since the machine may be busy

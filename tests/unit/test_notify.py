@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import queue
+import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from pydantic import ValidationError
 
@@ -24,6 +27,13 @@ from orchestrator.runs import RunDir, open_run
 from tests.made_runs import recipe
 
 DEADLINE_S = 30
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 class Hook:
@@ -107,6 +117,37 @@ def test_a_command_gets_the_message_on_its_standard_input(run: RunDir, tmp_path:
     notifier.close()
     message = json.loads((tmp_path / "message").read_text())
     assert (message["kind"], message["steps"]) == ("finished", 160)
+
+
+def test_what_a_command_leaves_in_the_background_is_not_waited_for(
+    run: RunDir, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    script = f"sleep 60 & echo $! > {tmp_path}/child; cat > {tmp_path}/message"
+    with notifying(NotifyConfig(command=("sh", "-c", script)), run) as notifier:
+        notifier.tell("finished", "train: done")
+    os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)
+    assert json.loads((tmp_path / "message").read_text())["kind"] == "finished"
+    assert not caplog.messages
+
+
+def test_a_command_that_takes_too_long_is_ended_with_its_children(
+    run: RunDir, caplog: pytest.LogCaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notify, "TIMEOUT_S", 0.5)
+    monkeypatch.setattr(notify, "RETRIES_S", ())
+    script = f"sleep 600 & echo $! > {tmp_path}/child; wait"
+    with notifying(NotifyConfig(command=("sh", "-c", script)), run) as notifier:
+        notifier.tell("finished", "train: done")
+    assert "the command was not told: sh did not end within" in "\n".join(caplog.messages)
+    child = int((tmp_path / "child").read_text())
+    wait_until(lambda: not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE)
+
+
+def test_a_command_that_cannot_be_started_is_told_of(run: RunDir, caplog: pytest.LogCaptureFixture) -> None:
+    with notifying(NotifyConfig(command=("sh", "a\0b")), run) as notifier:
+        notifier.tell("finished", "train: done")
+        notifier.tell("failed", "again")
+    assert len([line for line in caplog.messages if "the command was not told: sh: embedded null byte" in line]) == 2
 
 
 def test_a_command_that_is_not_there_is_refused_before_anything_starts() -> None:

@@ -21,7 +21,7 @@ from orchestrator.endings import Death, Evidence, first_line, of_storage, patien
 from orchestrator.errors import CapacityError, Interrupted, StorageError, UserError
 from orchestrator.hangs import FIRST_S, RECENT_STEPS, Hang, durations, hang, named
 from orchestrator.lease import Lease
-from orchestrator.planning.search import Plan
+from orchestrator.planning.plan import Plan
 from orchestrator.runs import RunDir
 from orchestrator.standby import Standby
 from orchestrator.stop_requests import ask_to_make_way, request_stop

@@ -17,8 +17,9 @@ from orchestrator.elastic import Change, wanted_change
 from orchestrator.errors import CapacityError, Interrupted, PlanError, RunFailed
 from orchestrator.lease import Lease, NodesBusy
 from orchestrator.nodes import plan_around, with_speeds
+from orchestrator.planning.live import predicted_anew
 from orchestrator.planning.past import NOTHING, Past, learned, load_s
-from orchestrator.planning.search import Plan, predicted_anew
+from orchestrator.planning.plan import Plan
 from orchestrator.planning.shape import ModelShape, model_shape
 from orchestrator.runs import RunDir
 from orchestrator.stop_requests import asked_to_stop
@@ -104,7 +105,8 @@ class Capacity:
         chosen = self._held(prefer)
         self._lease.keep(chosen.node_ids)
         self._accelerator = chosen.accelerator
-        self._past = replace(self._past, workers=max(self._past.workers, chosen.workers))
+        workers, cut = max(self._past.workers, chosen.workers), (chosen.tensor_parallel, chosen.pipeline_stages)
+        self._past = replace(self._past, workers=workers, cut=cut)
         return chosen
 
     def _held(self, prefer: Collection[str]) -> Plan:

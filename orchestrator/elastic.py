@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
-from orchestrator.planning.search import Plan
+from orchestrator.planning.plan import Plan
 
 LEAST_GAIN = 0.05
 """Of the step time. Predictions are not better than that."""

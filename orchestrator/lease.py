@@ -15,7 +15,7 @@ from typing import Any
 
 from orchestrator.accelerators import ACCELERATORS
 from orchestrator.node_agent import Introduction, NodeAgent, Report
-from orchestrator.planning.search import Plan
+from orchestrator.planning.plan import Plan
 from orchestrator.train.beats import Sign
 from orchestrator.train.fragment_memory import Held, new_token
 

@@ -18,8 +18,9 @@ from orchestrator.accelerators import Node, NodePool, Speeds
 from orchestrator.config import Recipe
 from orchestrator.errors import PlanError, SilentCorruption
 from orchestrator.findings import Link, NodeResult
+from orchestrator.planning.live import plan
 from orchestrator.planning.past import NOTHING, Past
-from orchestrator.planning.search import Plan, plan
+from orchestrator.planning.plan import Plan
 from orchestrator.planning.shape import ModelShape
 from orchestrator.runs import RunDir
 

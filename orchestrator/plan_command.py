@@ -16,11 +16,11 @@ from orchestrator.planning import islands as unlike
 from orchestrator.planning.devices import Devices
 from orchestrator.planning.families import GALACTICA
 from orchestrator.planning.layout import layout_of
-from orchestrator.planning.layout_search import Found, Space, Work, predicted, search
+from orchestrator.planning.layout_search import Found, predicted, search
 from orchestrator.planning.losers import Loser, losers
 from orchestrator.planning.mixed import Mixed, mixed_pipeline
 from orchestrator.planning.prediction import Prediction
-from orchestrator.planning.search import largest_batch
+from orchestrator.planning.request import Space, Work, space_of, work_of
 from orchestrator.planning.shape import ModelShape, model_shape, shape_of
 from orchestrator.planning.sufficient import no_plan
 
@@ -78,27 +78,6 @@ def shape_for(recipe: Recipe, of_model_alone: bool) -> ModelShape:
     return model_shape(recipe, planned_vocabulary(recipe))
 
 
-def work_of(recipe: Recipe, shape: ModelShape) -> Work:
-    train = recipe.train
-    return Work(
-        shape=shape,
-        sequence_length=train.sequence_length,
-        global_batch_size=largest_batch(train),
-        steps=train.steps,
-        dtype=train.dtype,
-        attention_scores=train.attention == "eager",
-    )
-
-
-def space_of(recipe: Recipe) -> Space:
-    """What the recipe leaves open: keys that stand in it are kept to."""
-    train, asked = recipe.train, recipe.train.layout
-    given = {key: getattr(asked, key) for key in asked.model_fields_set if key != "layers_per_stage"}
-    if "workers" in train.model_fields_set:
-        given |= {"fewest_workers": train.workers.min, "most_workers": train.workers.max}
-    return Space(layers_per_stage=asked.layers_per_stage, **given)
-
-
 def answer(recipe: Recipe, shape: ModelShape, pools: Sequence[Devices]) -> Answer:
     """
     Raises:
@@ -106,7 +85,7 @@ def answer(recipe: Recipe, shape: ModelShape, pools: Sequence[Devices]) -> Answe
         UserError: the recipe asks for what the model or the engine cannot do.
     """
     layout_of(recipe.train, shape, recipe.train.dtype)
-    work, space = work_of(recipe, shape), space_of(recipe)
+    work, space = work_of(recipe, shape), space_of(recipe.train)
     found = [search(work, devices, space) for devices in pools]
     fitting = sorted((one for one in found if one.best), key=lambda one: one.best[0].rank)
     if not fitting:

@@ -18,7 +18,7 @@ from orchestrator.config import Recipe
 from orchestrator.findings import Finding, Link, Links, NodeResult, faster, judge
 from orchestrator.links import rounds
 from orchestrator.nodes import Examination
-from orchestrator.planning.search import Plan
+from orchestrator.planning.plan import Plan
 from orchestrator.runs import RunDir
 
 log = logging.getLogger(__name__)

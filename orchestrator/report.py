@@ -104,6 +104,8 @@ def _shape(content: Content) -> Facts:
 
 
 def _range(least: Cell, most: Cell) -> str:
+    if most is None:
+        return f"{as_text(least)} or more"
     return as_text(least) if least == most else f"{as_text(least)} to {as_text(most)}"
 
 

@@ -10,7 +10,7 @@ from orchestrator import storage
 from orchestrator.config import Recipe
 from orchestrator.lease import Lease
 from orchestrator.node_agent import Report
-from orchestrator.planning.search import Plan
+from orchestrator.planning.plan import Plan
 from orchestrator.runs import RunDir
 from orchestrator.worker_group import Examination, WorkerGroup
 

@@ -28,7 +28,7 @@ from orchestrator.errors import (
 from orchestrator.evaluation.held_out import sequences_of
 from orchestrator.failures import Decision, Ending
 from orchestrator.lease import Lease
-from orchestrator.planning.search import Plan
+from orchestrator.planning.plan import Plan
 from orchestrator.resume import (
     begin_attempt,
     check_lost_shards,

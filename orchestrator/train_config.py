@@ -11,7 +11,8 @@ from orchestrator.config_section import Beta, Count, Positive, Section
 
 class Workers(Section):
     min: int = Field(default=1, ge=1)
-    max: int = Field(default=1024, ge=1)
+    max: int | None = Field(default=None, ge=1)
+    """Without it, as many as there are devices."""
 
     @model_validator(mode="before")
     @classmethod
@@ -20,7 +21,7 @@ class Workers(Section):
 
     @model_validator(mode="after")
     def ordered(self) -> Self:
-        if self.min > self.max:
+        if self.max is not None and self.min > self.max:
             raise ValueError(f"min={self.min} is more than max={self.max}")
         return self
 
@@ -32,27 +33,30 @@ class BatchStretch(Section):
 
 
 class LayoutConfig(Section):
-    """How the model is laid over the devices. A checkpoint of one layout goes on in any other."""
+    """How the model is laid over the devices. What is left out is the planner's choice: the fastest that fits, by its
+    predictions. A checkpoint of one layout goes on in any other."""
 
-    tensor_parallel: Count = 1
+    tensor_parallel: Count | None = None
     """Devices of one node that share every layer."""
-    pipeline_stages: Count = 1
+    pipeline_stages: Count | None = None
     layers_per_stage: tuple[Count, ...] = ()
     """Decoder blocks of each pipeline stage; the embedding goes with the first and the head with the last. Empty splits
     them evenly."""
     zero_stage: Literal[0, 1, 2, 3] | None = None
-    """What DeepSpeed ZeRO splits over the replicas: 1 optimizer state, 2 gradients too, 3 parameters too. Without it 2,
-    and 1 under tensor or pipeline parallelism."""
-    offload: bool = False
+    """What DeepSpeed ZeRO splits over the replicas: 1 optimizer state, 2 gradients too, 3 parameters too."""
+    offload: bool | None = None
     """Keep the optimizer's state in host memory."""
     recompute: bool | None = None
-    """Keep only the inputs of decoder blocks for the backward pass, and compute the rest again. Without it, where
-    nothing fits otherwise."""
+    """Keep only the inputs of decoder blocks for the backward pass, and compute the rest again."""
+
+    @property
+    def stages(self) -> int | None:
+        return self.pipeline_stages or len(self.layers_per_stage) or None
 
     @property
     def devices(self) -> int:
-        """Of one replica of the model."""
-        return self.tensor_parallel * self.pipeline_stages
+        """Of one replica of the model, at least."""
+        return (self.tensor_parallel or 1) * (self.stages or 1)
 
 
 class SpikesConfig(Section):

@@ -21,7 +21,7 @@ from orchestrator.accelerators import ACCELERATORS
 from orchestrator.config import Recipe
 from orchestrator.lease import WORKER_CPUS, Lease
 from orchestrator.node_agent import Report
-from orchestrator.planning.search import Plan
+from orchestrator.planning.plan import Plan
 from orchestrator.preflight import preflight
 from orchestrator.runs import RunDir
 from orchestrator.train.beats import Sign

@@ -72,7 +72,7 @@ def size_for(recipe: Recipe) -> Size:
     """Nodes for every fault, and CPUs for the workers that the recipe asks for."""
     named = [fault.node for fault in recipe.faults if isinstance(fault, NodeFault)]
     nodes = max([FEWEST_NODES, *named])
-    workers = recipe.train.workers.max if recipe.train.workers.max < 1024 else nodes
+    workers = recipe.train.workers.max or nodes
     return Size(nodes=nodes, cpus=max(1, math.ceil(math.ceil(workers / nodes) * recipe.train.cpus_per_worker)))
 
 

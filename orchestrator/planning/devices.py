@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orchestrator.accelerators import NodePool
 from orchestrator.errors import PlanError
 from orchestrator.planning.cluster_file import Pool, required
 from orchestrator.planning.platform import Device, Platform
-from orchestrator.planning.search import DTYPES
 from orchestrator.planning.throughput import platform_of
 
 _GIB = 2**30
+DTYPES = {"cpu": ("fp32", "bf16"), "dcu": ("fp16", "fp32", "bf16"), "cuda": ("bf16", "fp16", "fp32")}
+"""What each kind of device computes in, the best first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Devices:
     name: str
     accelerator: str
-    nodes: int
-    devices_per_node: int
+    nodes_by_devices: Mapping[int, int]
+    """How many nodes have so many devices."""
     memory_bytes: int
     """Of each."""
     platforms: Mapping[str, Platform]
@@ -30,8 +32,17 @@ class Devices:
     """That the platforms are made from, of a cluster file."""
 
     @property
+    def nodes(self) -> int:
+        return sum(self.nodes_by_devices.values())
+
+    @property
+    def devices_per_node(self) -> int:
+        """Of the largest."""
+        return max(self.nodes_by_devices)
+
+    @property
     def count(self) -> int:
-        return self.nodes * self.devices_per_node
+        return self.groups(1)
 
     @property
     def host_memory(self) -> bool:
@@ -40,7 +51,11 @@ class Devices:
 
     def groups(self, size: int) -> int:
         """Of so many devices that must share a node."""
-        return self.nodes * (self.devices_per_node // size)
+        return sum(nodes * (devices // size) for devices, nodes in self.nodes_by_devices.items())
+
+    def with_nodes(self, nodes: int) -> Devices:
+        """So many, all like the largest."""
+        return replace(self, nodes_by_devices={self.devices_per_node: nodes})
 
     def dtype(self, asked: str) -> str:
         """Working precision: what is asked for, or the best of those that the devices compute in.
@@ -52,11 +67,12 @@ class Devices:
             return next(dtype for dtype in DTYPES[self.accelerator] if dtype in self.platforms)
         if asked not in self.platforms:
             known = " or ".join(self.platforms)
-            raise PlanError(f"no speed is known of {self.name} in {asked}", f"use train.dtype {known}, or auto")
+            raise PlanError(f"train.dtype={asked} is not for {self.name}", f"use {known}, or auto")
         return asked
 
     def __str__(self) -> str:
-        return f"{self.nodes} x {self.devices_per_node} {self.name} of {self.memory_bytes / _GIB:.0f} GiB"
+        each = " or ".join(str(devices) for devices in sorted(self.nodes_by_devices, reverse=True))
+        return f"{self.nodes} x {each} {self.name} of {self.memory_bytes / _GIB:.0f} GiB"
 
 
 def of_pool(pool: Pool) -> Devices:
@@ -68,8 +84,7 @@ def of_pool(pool: Pool) -> Devices:
     return Devices(
         name=pool.name,
         accelerator=pool.accelerator,
-        nodes=pool.nodes,
-        devices_per_node=pool.devices_per_node,
+        nodes_by_devices={pool.devices_per_node: pool.nodes},
         memory_bytes=int(required(pool, "memory_gib", "planning") * _GIB),
         platforms={dtype: figures.platform(dtype) for dtype in figures.tflops},
         price_per_device_hour=pool.price_per_device_hour,
@@ -78,13 +93,12 @@ def of_pool(pool: Pool) -> Devices:
 
 
 def of_live(pool: NodePool, cpus_per_worker: float) -> Devices:
-    """Nodes of unlike sizes count with as many devices as the smallest."""
+    """The nodes of a cluster, by what was measured of them."""
     dtypes = [dtype for dtype in DTYPES[pool.accelerator] if dtype != "bf16" or pool.bf16]
     return Devices(
         name=pool.accelerator,
         accelerator=pool.accelerator,
-        nodes=len(pool.nodes),
-        devices_per_node=min(pool.devices_by_node(cpus_per_worker)),
+        nodes_by_devices=Counter(pool.devices_by_node(cpus_per_worker)),
         memory_bytes=pool.memory_per_device(cpus_per_worker),
         platforms={dtype: platform_of(pool, dtype) for dtype in dtypes},
     )

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.planning.devices import Devices
-from orchestrator.planning.layout_search import Candidate, Space, Work, search, sized
+from orchestrator.planning.layout_search import Candidate, search, sized
+from orchestrator.planning.request import Space, Work
 
 EXACT_DEVICES = 12
 EXACT_BATCH = 64

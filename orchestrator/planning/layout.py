@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from orchestrator.errors import PlanError
 from orchestrator.planning.shape import ModelShape
-from orchestrator.train_config import LayoutConfig, TrainConfig
+from orchestrator.train_config import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,40 +36,39 @@ class Layout:
 
 
 def layout_of(train: TrainConfig, shape: ModelShape, dtype: str) -> Layout:
-    """Without recomputation where the recipe leaves that open.
+    """The plainest that the recipe allows: what it leaves open is not cut, and neither offloaded nor computed again.
 
     Raises:
         PlanError: the model cannot be cut like that, or DeepSpeed cannot train it so.
     """
     asked = train.layout
-    _check_tensor_parallel(asked.tensor_parallel, shape)
+    size, stages = asked.tensor_parallel or 1, asked.stages or 1
+    _check_tensor_parallel(size, shape)
     _check_precision(train, dtype)
-    stages = asked.pipeline_stages
     return Layout(
-        tensor_parallel=asked.tensor_parallel,
+        tensor_parallel=size,
         pipeline_stages=stages,
-        layers_per_stage=_layers_per_stage(asked, shape.layers),
-        zero_stage=_zero_stage(asked, dtype),
-        offload=asked.offload,
+        layers_per_stage=_layers_per_stage(asked.layers_per_stage, stages, shape.layers),
+        zero_stage=_zero_stage(asked.zero_stage, bool(asked.offload), stages, size, dtype),
+        offload=bool(asked.offload),
         recompute=bool(asked.recompute),
     )
 
 
-def _zero_stage(asked: LayoutConfig, dtype: str) -> int:
-    together = asked.pipeline_stages > 1 or asked.tensor_parallel > 1
-    stage = asked.zero_stage
-    if stage is None:
+def _zero_stage(asked: int | None, offload: bool, stages: int, tensor_parallel: int, dtype: str) -> int:
+    together = stages > 1 or tensor_parallel > 1
+    if asked is None:
         return 1 if together else 2
-    if stage >= 2 and asked.pipeline_stages > 1:
+    if asked >= 2 and stages > 1:
         raise PlanError(
-            f"train.layout.zero_stage={stage} does not go with pipeline_stages={asked.pipeline_stages}: a pipeline "
+            f"train.layout.zero_stage={asked} does not go with pipeline_stages={stages}: a pipeline "
             "holds its gradients and parameters over many micro-batches",
             "use zero_stage 0 or 1, or pipeline_stages=1",
         )
-    if asked.offload and not stage:
+    if offload and not asked:
         raise PlanError("train.layout.offload needs ZeRO", "use train.layout.zero_stage 1, 2 or 3")
     # In 16 bits DeepSpeed needs ZeRO to add gradients up in fp32; with a pipeline and ZeRO-0 it clips wrongly.
-    return max(stage, 1) if together or dtype != "fp32" else stage
+    return max(asked, 1) if together or dtype != "fp32" else asked
 
 
 def why_zero_stage(train: TrainConfig, layout: Layout) -> str:
@@ -85,8 +84,7 @@ def even_layers(layers: int, stages: int) -> tuple[int, ...]:
     return tuple(layers // stages + (stage >= stages - layers % stages) for stage in range(stages))
 
 
-def _layers_per_stage(asked: LayoutConfig, layers: int) -> tuple[int, ...]:
-    stages, given = asked.pipeline_stages, asked.layers_per_stage
+def _layers_per_stage(given: tuple[int, ...], stages: int, layers: int) -> tuple[int, ...]:
     if not given:
         if stages > layers:
             raise PlanError(

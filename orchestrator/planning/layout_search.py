@@ -18,47 +18,12 @@ from orchestrator.planning.layout import Layout, even_layers
 from orchestrator.planning.memory import Load, Memory, fullest_stage_memory
 from orchestrator.planning.platform import Platform
 from orchestrator.planning.prediction import Prediction, predict
+from orchestrator.planning.request import Space, Work
 from orchestrator.planning.shape import ModelShape
 from orchestrator.planning.throughput import StepTime, step_time
 
 BEST = 6
 """Of the combinations of tensor and pipeline parallelism, so many are found exactly."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """What is to be trained."""
-
-    shape: ModelShape
-    sequence_length: int
-    global_batch_size: int
-    """Sequences."""
-    steps: int
-    dtype: str = "auto"
-    attention_scores: bool = False
-    """Whether attention keeps them whatever the devices could do."""
-
-    @property
-    def tokens(self) -> int:
-        return self.steps * self.step_tokens
-
-    @property
-    def step_tokens(self) -> int:
-        return self.global_batch_size * self.sequence_length
-
-
-@dataclass(frozen=True, kw_only=True)
-class Space:
-    """What may be tried; None: whatever the model and the devices allow."""
-
-    tensor_parallel: int | None = None
-    pipeline_stages: int | None = None
-    layers_per_stage: tuple[int, ...] = ()
-    zero_stage: int | None = None
-    recompute: bool | None = None
-    offload: bool | None = None
-    fewest_workers: int = 1
-    most_workers: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +133,7 @@ def families(work: Work, devices: Devices, space: Space, dtype: str) -> Iterator
         for stages in _stage_counts(work.shape, devices, space, size):
             blocks = space.layers_per_stage or even_layers(work.shape.layers, stages)
             for zero in _zero_stages(space, size * stages > 1, stages > 1, dtype):
-                for offload in _either(space.offload, only=False if devices.host_memory or not zero else None):
+                for offload in _offloads(space, devices, zero):
                     for recompute in _either(space.recompute):
                         yield Layout(
                             tensor_parallel=size,
@@ -197,6 +162,12 @@ def _zero_stages(space: Space, together: bool, pipelined: bool, dtype: str) -> l
     if space.zero_stage is None:
         return list(range(least, most + 1))
     return [max(space.zero_stage, least)] if space.zero_stage <= most else []
+
+
+def _offloads(space: Space, devices: Devices, zero_stage: int) -> tuple[bool, ...]:
+    """Not without ZeRO; to where devices compute already only if somebody asks for it."""
+    only = False if not zero_stage or (devices.host_memory and not space.offload) else None
+    return _either(space.offload, only)
 
 
 def _either(given: bool | None, only: bool | None = None) -> tuple[bool, ...]:
@@ -289,7 +260,7 @@ class _Search:
         """Numbers of them that there may be."""
         groups = self.devices.groups(layout.tensor_parallel) // layout.pipeline_stages
         workers = self.space.most_workers or self.devices.count
-        most = min(groups, workers // layout.devices, self.work.global_batch_size)
+        most = min(groups, workers // layout.devices, self.space.most_replicas or self.work.global_batch_size)
         return range(math.ceil(self.space.fewest_workers / layout.devices), most + 1)
 
     def load(self, replicas: int, micro_batch_size: int) -> Load:

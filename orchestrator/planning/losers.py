@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields, replace
 
 from orchestrator.planning.devices import Devices
 from orchestrator.planning.layout import Layout
-from orchestrator.planning.layout_search import Candidate, Found, Space, Work, micro_batches, sized
+from orchestrator.planning.layout_search import Candidate, Found, micro_batches, sized
 from orchestrator.planning.memory import Memory
+from orchestrator.planning.request import Space, Work
 from orchestrator.planning.throughput import StepTime
 
 _GIB = 2**30

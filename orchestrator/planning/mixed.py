@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 
 from orchestrator.planning.devices import Devices
 from orchestrator.planning.layout import Layout, even_layers
-from orchestrator.planning.layout_search import Work, micro_batches, platform_for
+from orchestrator.planning.layout_search import micro_batches, platform_for
 from orchestrator.planning.memory import Load, Memory, stage_memory
+from orchestrator.planning.request import Work
 from orchestrator.planning.throughput import Pace, stage_pace
 
 LARGEST_MICRO_BATCH = 16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,8 @@ class Past:
     err by a factor, which holds for devices of another size, too."""
     workers: int = 0
     """The most that the run has had: what fits on so many lacks devices now, not memory."""
+    cut: tuple[int, int] | None = None
+    """Tensor and pipeline parallelism of the newest plan."""
 
 
 NOTHING = Past()
@@ -37,7 +40,12 @@ def learned(events: Iterable[Mapping[str, Any]]) -> Past:
             if failed.get("available_bytes"):
                 share = MARGIN * failed["memory_bytes"] / failed["available_bytes"]
                 ceilings[failed["accelerator"]] = min(share, ceilings.get(failed["accelerator"], share))
-    return Past(ceilings=ceilings, workers=max(map(_workers, plans.values()), default=0))
+    newest = next(reversed(plans.values()), None)
+    return Past(
+        ceilings=ceilings,
+        workers=max(map(_workers, plans.values()), default=0),
+        cut=_cut(newest) if newest else None,
+    )
 
 
 def load_s(events: Iterable[Mapping[str, Any]]) -> float:
@@ -47,4 +55,8 @@ def load_s(events: Iterable[Mapping[str, Any]]) -> float:
 
 
 def _workers(plan: Mapping[str, Any]) -> int:
-    return int(plan["data_parallel"] * plan.get("pipeline_stages", 1) * plan.get("tensor_parallel", 1))
+    return int(plan["data_parallel"] * math.prod(_cut(plan)))
+
+
+def _cut(plan: Mapping[str, Any]) -> tuple[int, int]:
+    return plan.get("tensor_parallel", 1), plan.get("pipeline_stages", 1)

@@ -11,27 +11,24 @@ from orchestrator.errors import CapacityError, PlanError
 from orchestrator.train_config import TrainConfig
 
 
-def fewest_replicas(train: TrainConfig) -> int:
-    return math.ceil(train.workers.min / train.layout.devices)
-
-
 def check_workers(train: TrainConfig) -> None:
     """
     Raises:
         PlanError: no number of workers is one that the recipe allows.
     """
     replica, workers = train.layout.devices, train.workers
-    fewest = fewest_replicas(train) * replica
-    if workers.max < replica:
+    fewest = math.ceil(workers.min / replica) * replica
+    most = workers.max if workers.max is not None else fewest
+    if most < replica:
         raise PlanError(
-            f"train.workers.max={workers.max} is less than the {replica} devices of one replica",
+            f"train.workers.max={most} is less than the {replica} devices of one replica",
             f"set train.workers={replica} or more",
         )
-    if workers.max < fewest:
+    if most < fewest:
         asked = f"train.workers={workers.min}" if workers.min == workers.max else "train.workers"
         raise PlanError(
             f"{asked} leaves no number of workers that is a multiple of the {replica} devices of one replica",
-            f"set train.workers={workers.max // replica * replica} or {fewest}",
+            f"set train.workers={most // replica * replica} or {fewest}",
         )
     if train.global_batch_size * replica < fewest:
         raise PlanError(
@@ -60,12 +57,12 @@ def capacity_error(train: TrainConfig, pools: Sequence[NodePool], lacking: list[
     if least.for_memory:
         asks = "the model needs to fit into memory"
         message = f"the model fits into the memory of {least.needed} devices, and no pool has as many ({found})"
-        hint = f"add nodes, or {memory_hint(train)}"
+        hint = "add nodes, use a smaller model, or shorter sequences"
     elif replica > 1:
         asks = "train.layout takes" if train.workers.min <= replica else "train.workers.min asks for"
         message = (
             f"train.layout needs {least.needed} devices, {replica} a replica (tensor_parallel="
-            f"{train.layout.tensor_parallel}, pipeline_stages={train.layout.pipeline_stages}), and no pool has as "
+            f"{train.layout.tensor_parallel or 1}, pipeline_stages={train.layout.stages or 1}), and no pool has as "
             f"many ({found}); those that share tensors share a node"
         )
         hint = "lower them, lower train.workers, or add nodes"
@@ -75,15 +72,3 @@ def capacity_error(train: TrainConfig, pools: Sequence[NodePool], lacking: list[
         hint = f"set train.workers={least.there}" if least.there else "lower train.cpus_per_worker, or add nodes"
     missing = f"{more} more device{'s' if more > 1 else ''}: {least.there} of the {least.needed} that {asks} are there"
     return CapacityError(message, hint, missing)
-
-
-def memory_hint(train: TrainConfig) -> str:
-    layout, untried = train.layout, []
-    if layout.recompute is False:
-        untried.append("recompute: true")
-    if layout.zero_stage != 3 and layout.pipeline_stages == 1:
-        untried.append("zero_stage: 3")
-    if layout.devices == 1:
-        untried.append("pipeline_stages or tensor_parallel")
-    tried = f"try train.layout with {', then '.join(untried)}; or " if untried else ""
-    return f"{tried}use more devices, a smaller model or shorter sequences"

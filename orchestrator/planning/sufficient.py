@@ -10,8 +10,9 @@ from typing import Any
 
 from orchestrator.errors import PlanError
 from orchestrator.planning.devices import Devices
-from orchestrator.planning.layout_search import Candidate, Found, Space, Work, search, thriftiest
+from orchestrator.planning.layout_search import Candidate, Found, search, thriftiest
 from orchestrator.planning.losers import why_too_large
+from orchestrator.planning.request import Space, Work
 
 _GIB = 2**30
 MOST_NODES = 2**17
@@ -95,7 +96,7 @@ def _more_devices(work: Work, devices: Devices, space: Space) -> Iterator[str]:
     free = replace(space, most_workers=None)
 
     def enough(nodes: int) -> Candidate | None:
-        more = replace(devices, nodes=nodes)
+        more = devices.with_nodes(nodes)
         least = thriftiest(work, more, free, devices.memory_bytes)
         return least if least and least.memory.total <= devices.memory_bytes else None
 

@@ -148,13 +148,13 @@ def _speeds(recipe: Recipe, pools: Sequence[Pool], options: Options) -> list[Ste
     return [scaled(options.step_time_s * there / pool.devices, nodes) for pool, nodes in zip(pools, most, strict=True)]
 
 
-def _nodes(workers: int, pool: Pool, devices: int) -> int:
-    """Nodes of a pool that take its share of so many workers.
+def _nodes(workers: int | None, pool: Pool, devices: int) -> int:
+    """Nodes of a pool that take its share of so many workers; all of them where no number is given.
 
     Args:
         devices: of all pools.
     """
-    share = workers * pool.devices / devices
+    share = (devices if workers is None else workers) * pool.devices / devices
     return min(pool.nodes, max(math.ceil(share / pool.devices_per_node - 1e-9), 1))
 
 

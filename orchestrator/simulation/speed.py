@@ -5,18 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 
-from orchestrator.accelerators import ACCELERATORS, Node, NodePool, Speeds
 from orchestrator.config import Recipe
 from orchestrator.data.tokenizer import planned_vocabulary
 from orchestrator.errors import PlanError, UserError
-from orchestrator.planning import search
-from orchestrator.planning.cluster_file import Pool, required
-from orchestrator.planning.platform import device
+from orchestrator.planning.cluster_file import Pool
+from orchestrator.planning.devices import of_pool
+from orchestrator.planning.layout_search import search
+from orchestrator.planning.request import space_of, work_of
 from orchestrator.planning.shape import ModelShape, model_shape
+from orchestrator.planning.sufficient import no_plan
 from orchestrator.simulation.scenario import StepTime
-from orchestrator.train_config import Workers
-
-_GIB = 2**30
 
 
 def recipe_shape(recipe: Recipe) -> ModelShape:
@@ -25,49 +23,31 @@ def recipe_shape(recipe: Recipe) -> ModelShape:
 
 
 def planned_step_s(recipe: Recipe, pool: Pool) -> StepTime:
-    """Step times of the plans that the supervisor would make for a pool of so many nodes.
+    """Step times of the fastest layouts on so many nodes of a pool. All numbers have the cut of the model that the
+    first one has, where it fits, as in the supervisor's plans.
 
     Raises:
         UserError: on the first call for a number of nodes on which there is no plan.
     """
-    shape, whole = recipe_shape(recipe), node_pool(pool)
+    work, whole = work_of(recipe, recipe_shape(recipe)), of_pool(pool)
+    space = replace(space_of(recipe.train), fewest_workers=1)  # how many there must be, the simulation sees to
 
     @cache
     def step_s(nodes: int) -> float:
-        part = replace(whole, nodes=whole.nodes[:nodes])
-        devices = part.devices(recipe.train.cpus_per_worker)
-        most = min(devices, recipe.train.workers.max, recipe.train.global_batch_size * recipe.train.layout.devices)
-        most -= most % recipe.train.layout.devices
-        workers = Workers(min=max(most, 1), max=max(most, 1))  # one number: the search is over layouts alone
-        exact = recipe.model_copy(update={"train": recipe.train.model_copy(update={"workers": workers})})
+        devices = whole.with_nodes(nodes)
         try:
-            return search.plan(exact, shape, [part]).step_time_s
+            found = search(work, devices, spaces[-1], keep=1)
+            if not found.best:
+                found = search(work, devices, space, keep=1)
+            if not found.best:
+                raise no_plan(work, [(found, space)])
         except PlanError as error:
             hint = f"{error.hint}; or say what a step takes (--step-time-s)"
             raise UserError(f"pool {pool.name}, {nodes} of its nodes: {error.message}", hint) from None
+        size, stages = found.best[0].cut
+        if len(spaces) == 1:
+            spaces.append(replace(space, tensor_parallel=size, pipeline_stages=stages))
+        return found.best[0].step.total
 
+    spaces = [space]
     return step_s
-
-
-def node_pool(pool: Pool) -> NodePool:
-    """The nodes that a cluster file describes, as those of a live cluster."""
-    memory_bytes = int(required(pool, "memory_gib", "planning") * _GIB)
-    on_cpu = ACCELERATORS[pool.accelerator].ray_resource == "CPU"
-    counted = pool.efficiency / device(pool.accelerator).efficiency  # the planner applies its own
-    speeds = Speeds(
-        flops={dtype: 1e12 * tflops * counted for dtype, tflops in pool.tflops.items()},
-        link_bytes_per_s=1e9 * pool.node_link_gb_per_s if pool.node_link_gb_per_s else None,
-        link_latency_s=1e-6 * pool.node_link_latency_us if pool.node_link_gb_per_s else None,
-    )
-    nodes = tuple(
-        Node(
-            id=f"{pool.name}-{number}",
-            address="",
-            cpus=float(pool.devices_per_node),
-            gpus=0.0 if on_cpu else float(pool.devices_per_node),
-            memory_bytes=memory_bytes * pool.devices_per_node,
-            speeds=speeds if pool.tflops else None,
-        )
-        for number in range(1, pool.nodes + 1)
-    )
-    return NodePool(accelerator=pool.accelerator, nodes=nodes, device_memory_bytes=memory_bytes)

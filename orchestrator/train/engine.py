@@ -19,7 +19,7 @@ import torch.distributed as dist
 from orchestrator.accelerators import Accelerator
 from orchestrator.data.schedule import Share
 from orchestrator.planning.deepspeed_config import deepspeed_config
-from orchestrator.planning.search import Plan
+from orchestrator.planning.plan import Plan
 from orchestrator.train import checkpoints, pipeline, zero
 from orchestrator.train.fragments import PARAM, Fragment
 from orchestrator.train.memory_copies import Copies

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from orchestrator.planning.search import Plan
+from orchestrator.planning.plan import Plan
 from orchestrator.train.stage import Stage
 
 

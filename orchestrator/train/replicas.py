@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from orchestrator.data.schedule import Role, Share
 from orchestrator.errors import PeerFailed, RunFailed
-from orchestrator.planning.search import Plan
+from orchestrator.planning.plan import Plan
 
 _DATA, _FAILED = 1, 2
 _HEADER = 6

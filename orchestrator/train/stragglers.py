@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.planning.search import Plan
+from orchestrator.planning.plan import Plan
 from orchestrator.runs import RunDir
 
 log = logging.getLogger("terrane.worker")

@@ -19,7 +19,7 @@ from orchestrator.data.manifest import Manifest, load_manifest
 from orchestrator.data.schedule import Role, Schedule
 from orchestrator.errors import UserError
 from orchestrator.evaluation.held_out import HeldOut
-from orchestrator.planning.search import Plan
+from orchestrator.planning.plan import Plan
 from orchestrator.runs import RunDir
 from orchestrator.train import beats, stacks
 from orchestrator.train.agent_line import AgentLine

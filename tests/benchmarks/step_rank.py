@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 
 from orchestrator.data.schedule import Share  # noqa: E402
 from orchestrator.model_config import ModelConfig  # noqa: E402
-from orchestrator.planning.search import Plan  # noqa: E402
+from orchestrator.planning.plan import Plan  # noqa: E402
 from orchestrator.train.engine import Engine  # noqa: E402
 from orchestrator.train.models import model_config  # noqa: E402
 from orchestrator.train_config import TrainConfig  # noqa: E402

@@ -20,7 +20,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from orchestrator.errors import UserError  # noqa: E402
-from orchestrator.planning.search import Plan  # noqa: E402
+from orchestrator.planning.plan import Plan  # noqa: E402
 from orchestrator.train import checkpoints  # noqa: E402
 from orchestrator.train.checkpoints import Retention  # noqa: E402
 from orchestrator.train.engine import Engine  # noqa: E402

@@ -15,7 +15,7 @@ from orchestrator import cluster
 from orchestrator.examiner import Examiner
 from orchestrator.findings import DeviceResult, NodeResult, StorageResult
 from orchestrator.nodes import examinations
-from orchestrator.planning.search import Plan
+from orchestrator.planning.plan import Plan
 from orchestrator.preflight import preflight
 from orchestrator.runs import RunDir
 from tests.made_runs import recipe

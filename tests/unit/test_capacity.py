@@ -12,7 +12,7 @@ from orchestrator import capacity, cluster, standby
 from orchestrator.accelerators import NodePool
 from orchestrator.capacity import Capacity
 from orchestrator.errors import PlanError
-from orchestrator.planning.search import Plan
+from orchestrator.planning.plan import Plan
 from orchestrator.standby import Standby
 from tests.unit.test_elastic import plan_on
 from tests.unit.test_planning import pool

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from orchestrator.elastic import Change, wanted_change
-from orchestrator.planning.search import Plan
+from orchestrator.planning.plan import Plan
 
 A, B, C = "aaaa", "bbbb", "cccc"
 

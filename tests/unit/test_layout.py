@@ -12,8 +12,9 @@ from orchestrator.accelerators import Node, NodePool
 from orchestrator.config import Recipe
 from orchestrator.errors import PlanError
 from orchestrator.planning.layout import Layout, layout_of
+from orchestrator.planning.live import plan
 from orchestrator.planning.memory import Load, Memory, memory_by_stage, worker_memory
-from orchestrator.planning.search import Plan, plan
+from orchestrator.planning.plan import Plan
 from orchestrator.planning.shape import ModelShape, model_shape
 from orchestrator.planning.throughput import PLATFORMS, step_time_s
 from orchestrator.stages import check_inputs
@@ -122,7 +123,7 @@ def test_the_zero_stage_is_one_that_computes_rightly(asked: dict[str, Any], dtyp
         ({"pipeline_stages": 11}, "pipeline_stages=11 is more than the model's 10 layers", "use 10 or less"),
         ({"pipeline_stages": 2, "layers_per_stage": (5, 6)}, r"\[5, 6\] must have .* add up to .* 10 layers", "leave"),
         ({"pipeline_stages": 2, "layers_per_stage": (10,)}, r"\[10\] must have one entry for each of the 2", "leave"),
-        ({"layers_per_stage": (5, 5)}, r"\[5, 5\] must have one entry for each of the 1", "leave"),
+        ({"layers_per_stage": (5, 4)}, r"\[5, 4\] must have .* add up to .* 10 layers", "leave"),
         ({"pipeline_stages": 2, "zero_stage": 2}, "zero_stage=2 does not go with pipeline_stages=2", "0 or 1"),
         ({"pipeline_stages": 2, "zero_stage": 3}, "zero_stage=3 does not go with pipeline_stages=2", "0 or 1"),
         ({"zero_stage": 0, "offload": True}, "offload needs ZeRO", "1, 2 or 3"),

@@ -14,8 +14,9 @@ from orchestrator.planning.bounds import Bounds
 from orchestrator.planning.cluster_file import Pool
 from orchestrator.planning.devices import Devices, of_pool
 from orchestrator.planning.families import config_values
-from orchestrator.planning.layout_search import Space, Work, families, micro_batches, predicted, search
+from orchestrator.planning.layout_search import families, micro_batches, predicted, search
 from orchestrator.planning.prediction import predict
+from orchestrator.planning.request import Space, Work
 from orchestrator.planning.shape import ModelShape, shape_of
 
 LLAMA = {

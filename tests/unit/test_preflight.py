@@ -18,7 +18,7 @@ from orchestrator.errors import StorageError
 from orchestrator.examiner import Examiner, NoAnswer, answer_of, examine
 from orchestrator.findings import DeviceResult, Link, NodeResult, StorageResult
 from orchestrator.links import Endpoint, LinkServer
-from orchestrator.planning.search import Plan
+from orchestrator.planning.plan import Plan
 from orchestrator.preflight import preflight
 from orchestrator.runs import RunDir
 from tests.made_runs import recipe, root_of

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestrator.planning.search import Plan
+from orchestrator.planning.plan import Plan
 from orchestrator.runs import RunDir
 from orchestrator.train.stragglers import WINDOW, WINDOWS, Detector, Straggler, Stragglers, peers, slowness
 

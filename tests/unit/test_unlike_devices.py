@@ -12,9 +12,10 @@ import pytest
 from orchestrator.planning.cluster_file import Pool
 from orchestrator.planning.devices import Devices, of_pool
 from orchestrator.planning.islands import islands
-from orchestrator.planning.layout_search import Space, search, sized
+from orchestrator.planning.layout_search import search, sized
 from orchestrator.planning.memory import Load
 from orchestrator.planning.mixed import Stage, laid, mixed_pipeline, split_layers
+from orchestrator.planning.request import Space
 from tests.unit.test_layout_search import galactica, work
 
 

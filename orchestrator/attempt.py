@@ -30,6 +30,8 @@ from orchestrator.worker_group import WorkerGroup
 log = logging.getLogger(__name__)
 
 POLL_S = 0.2
+TRIAL_WARM_UP_STEPS, TRIAL_STEPS = 2, 5
+"""Of a layout that is tried: those that do not count, and those that do."""
 SIGNS_S = 5.0
 """Between two looks at the signs of life of all workers."""
 SILENT_S = 60.0
@@ -174,6 +176,8 @@ class Attempt:
 
     def _wanted(self, step_s: float, steps_left: int, slow: dict[str, float]) -> Change | None:
         try:
+            if self._plan.trial:
+                return self._after_trial()
             change = self._command.capacity.change(self._plan, step_s, steps_left, slow)
         except StorageError:
             raise
@@ -182,6 +186,18 @@ class Attempt:
             return None
         young = time.monotonic() < self._began + SETTLE_S
         return None if change and young and change.kind != "drain" else change
+
+    def _after_trial(self) -> Change | None:
+        """None while it lasts, and where its layout stays."""
+        seconds = [record["step_time_s"] for record in self._follower.recent][TRIAL_WARM_UP_STEPS:]
+        if len(seconds) < TRIAL_STEPS:
+            return None
+        chosen = self._command.capacity.after_trial(self._plan, statistics.median(seconds))
+        if str(chosen) != str(self._plan):
+            return Change(plan=chosen, kind="trial", reason=f"{chosen} next: {chosen.reason}")
+        log.info("attempt %d: goes on: %s", self._number, chosen.reason)
+        self._plan = replace(self._plan, trial=False)
+        return None
 
     def _make_way(self, change: Change) -> None:
         """Once the workers of a change stand ready, or cannot be waited for, ask the present ones to leave."""

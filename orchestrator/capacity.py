@@ -174,6 +174,19 @@ class Capacity:
             change_s=max(LEAST_CHANGE_S, 2 * load_s(self._run.events())),  # what is loaded is saved before
         )
 
+    def after_trial(self, live: Plan, step_s: float) -> Plan:
+        """What comes after the trial of a layout, whose steps have taken so long: the next one, or the fastest.
+
+        Raises:
+            PlanError: there is none without the nodes that will go.
+        """
+        layout = str(live)
+        if layout not in self._past.tried:
+            self._run.log_event("tried", layout=layout, step_s=step_s, predicted_s=live.step_time_s)
+            log.info("tried: %s: %.3g s a step (predicted: %.3g)", layout, step_s, live.step_time_s)
+            self._past = self._past.after_trial(layout, step_s)
+        return self._best(live.node_ids)
+
     def _avoided(self) -> set[str]:
         now = time.monotonic()
         recent = {node for node, since in self._lease.lost.items() if now < since + AVOID_S}

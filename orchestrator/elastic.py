@@ -23,7 +23,7 @@ class Change:
     """A plan that is to take over from the present one, at a checkpoint of its own."""
 
     plan: Plan
-    kind: Literal["resize", "drain", "eviction"]
+    kind: Literal["resize", "drain", "eviction", "trial"]
     reason: str
 
 

@@ -176,7 +176,8 @@ def _record(
     """Put on record what an attempt is to do."""
     step = resume.step if resume else 0
     record_schedule(run, number, schedule, chosen.shares, step)
-    run.log_event("planned", attempt=number, plan=_as_json(chosen), reason=chosen.reason)
+    trial = str(chosen) if chosen.trial else ""
+    run.log_event("planned", attempt=number, plan=_as_json(chosen), reason=chosen.reason, trial=trial)
     run.log_event("attempt_started", attempt=number, workers=chosen.workers, resume_step=step, standby=standby)
     log.info("attempt %d: %s (%s), from step %d of %d", number, chosen, chosen.reason, step, recipe.train.steps)
     how = "sending off the workers that stand by" if standby else f"starting {chosen.workers} workers"

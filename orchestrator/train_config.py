@@ -114,6 +114,9 @@ class TrainConfig(Section):
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto takes bf16 where the device computes it natively, else fp16, and fp32 on a CPU."""
     layout: LayoutConfig = LayoutConfig()
+    trials: Count = 1
+    """Layouts that are tried on the devices before one is settled on: the best by prediction train for five measured
+    steps each, one after the other, and the fastest goes on. No step is lost; each takes a checkpoint and a restart."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """sdpa takes torch's fastest kernel that fits, which is flash attention on recent GPUs."""
     keep_documents_apart: bool = False

@@ -91,11 +91,34 @@ class _Look:
     found: Found
     """With as much of it as the past allows."""
 
-    def chosen(self) -> Candidate:
-        fastest = self.found.best[0]
+    def chosen(self, prefer: Set[str]) -> tuple[Candidate, str, bool]:
+        """(the layout, why, whether it is on trial)."""
+        tried, count = self.past.tried, self.recipe.train.trials
+        layouts = {str(self.laid(one, prefer)): one for one in self._to_try()} if count > 1 else {}
+        untried = [name for name in layouts if name not in tried]
+        if untried and len(tried) < count:
+            return layouts[untried[0]], f"on trial, layout {len(tried) + 1} of {count}", True
+        measured = {name: tried[name] for name in layouts if tried.get(name, math.inf) < math.inf}
+        if len(measured) > 1:
+            best = min(measured, key=lambda name: measured[name])
+            return layouts[best], f"fastest of {len(measured)} that were tried, {measured[best]:.3g} s a step", False
+        return *self._predicted(), False
+
+    def _to_try(self) -> list[Candidate]:
+        """The best cuts of the model, and where there are fewer, what differs from the best in one thing."""
+        count, best = self.recipe.train.trials, list(self.found.best)
+        near = [lost.candidate for lost in losers(self.work, self.found, self.space) if lost.change and lost.fits]
+        return [*best, *sorted(near, key=lambda one: one.rank)][:count]
+
+    def _predicted(self) -> tuple[Candidate, str]:
+        fastest, layouts = self.found.best[0], f"of {self.found.layouts} layouts"
         alike = [one for one in self.found.best if one.step.total <= ALIKE * fastest.step.total]
-        had = next((one for one in alike if one.cut == self.past.cut), None)
-        return had or min(alike, key=lambda one: (one.layout.devices, one.rank))
+        plainest = min(alike, key=lambda one: (one.layout.devices, one.rank))
+        chosen = next((one for one in alike if one.cut == self.past.cut), plainest)
+        if chosen is fastest:
+            return chosen, f"fastest {layouts}"
+        why = "the plainest" if chosen is plainest else "what the run has"
+        return chosen, f"{why} {layouts}, as fast as any"
 
     def short_of(self) -> Shortage | None:
         """What the pool lacks for as many workers as there must be, or were once."""
@@ -155,7 +178,7 @@ def _look(recipe: Recipe, shape: ModelShape, pool: NodePool, past: Past) -> _Loo
 
 
 def _best(look: _Look, others: Sequence[_Look], prefer: Set[str]) -> Plan:
-    found, best = look.found, look.chosen()
+    found, (best, reason, trial) = look.found, look.chosen(prefer)
     first = replace(found, best=(best, *(one for one in found.best if one is not best)))
     told = [f"{lost.change or lost.candidate}: {lost.why}" for lost in losers(look.work, first, look.space)]
     slower = [
@@ -163,14 +186,10 @@ def _best(look: _Look, others: Sequence[_Look], prefer: Set[str]) -> Plan:
         f"{best.step.total:.3g}"
         for one in others
     ]
-    reason = f"fastest of {found.layouts} layouts"
-    if best is not found.best[0]:
-        why = "what the run has already" if best.cut == look.past.cut else "the plainest"
-        reason = f"{why} of the layouts that are as fast, of {found.layouts}"
     reason += why_zero_stage(look.recipe.train, best.layout)
     if look.pool.accelerator in look.past.ceilings:
         reason += f"; below {found.devices.memory_bytes / _GIB:.3g} GiB a worker, since more ran out of memory"
-    return look.laid(best, prefer, reason=reason, losers=(*slower, *told))
+    return look.laid(best, prefer, reason=reason, losers=(*slower, *told), trial=trial)
 
 
 def _least(looks: Sequence[_Look], prefer: Set[str]) -> Plan | None:

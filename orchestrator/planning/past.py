@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 MARGIN = 0.9
 """Of what a plan that ran out of memory was predicted to take: the next takes a tenth less, so that tries are few."""
+_IN_ORDER = ("finished", "yielded", "stopped")
+"""Ends of attempts that say nothing against their layout."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +22,11 @@ class Past:
     """The most that the run has had: what fits on so many lacks devices now, not memory."""
     cut: tuple[int, int] | None = None
     """Tensor and pipeline parallelism of the newest plan."""
+    tried: Mapping[str, float] = field(default_factory=dict)
+    """Seconds that a step has taken by layouts that were on trial; infinite where the trial came to nothing."""
+
+    def after_trial(self, layout: str, step_s: float) -> Past:
+        return replace(self, tried={**self.tried, layout: step_s})
 
 
 NOTHING = Past()
@@ -30,22 +37,41 @@ def learned(events: Iterable[Mapping[str, Any]]) -> Past:
     Args:
         events: of a run, those of earlier drivers included.
     """
-    plans: dict[int, Mapping[str, Any]] = {}
-    ceilings: dict[str, float] = {}
+    known = list(events)
+    plans = {event["attempt"]: event["plan"] for event in known if event["event"] == "planned"}
+    newest = next(reversed(plans.values()), None)
+    return Past(
+        ceilings=_ceilings(known, plans),
+        workers=max(map(_workers, plans.values()), default=0),
+        cut=_cut(newest) if newest else None,
+        tried=_tried(known),
+    )
+
+
+def _ceilings(events: Iterable[Mapping[str, Any]], plans: Mapping[int, Mapping[str, Any]]) -> dict[str, float]:
+    found: dict[str, float] = {}
     for event in events:
-        if event["event"] == "planned":
-            plans[event["attempt"]] = event["plan"]
-        elif event["event"] == "attempt_ended" and event["outcome"] == "out_of_memory":
+        if event["event"] == "attempt_ended" and event["outcome"] == "out_of_memory":
             failed = plans.get(event["attempt"], {})
             if failed.get("available_bytes"):
                 share = MARGIN * failed["memory_bytes"] / failed["available_bytes"]
-                ceilings[failed["accelerator"]] = min(share, ceilings.get(failed["accelerator"], share))
-    newest = next(reversed(plans.values()), None)
-    return Past(
-        ceilings=ceilings,
-        workers=max(map(_workers, plans.values()), default=0),
-        cut=_cut(newest) if newest else None,
-    )
+                found[failed["accelerator"]] = min(share, found.get(failed["accelerator"], share))
+    return found
+
+
+def _tried(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """What has failed once on trial is not tried again."""
+    found: dict[str, float] = {}
+    on_trial: dict[int, str] = {}
+    for event in events:
+        if event["event"] == "planned":
+            on_trial[event["attempt"]] = event.get("trial", "")
+        elif event["event"] == "tried":
+            found[event["layout"]] = event["step_s"]
+        elif event["event"] == "attempt_ended" and event["outcome"] not in _IN_ORDER:
+            found.setdefault(on_trial.get(event["attempt"], ""), math.inf)
+    found.pop("", None)
+    return found
 
 
 def load_s(events: Iterable[Mapping[str, Any]]) -> float:

@@ -37,6 +37,8 @@ class Plan:
     """That a worker has."""
     step_time_s: float
     """Predicted."""
+    trial: bool = False
+    """Whether another layout is tried after some steps."""
     reason: str = ""
     losers: tuple[str, ...] = ()
     """The best of the other layouts, each with why it lost."""

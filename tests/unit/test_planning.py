@@ -4,6 +4,7 @@ import itertools
 import json
 import pickle
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -177,15 +178,15 @@ def test_flash_attention_is_refused_on_cpus() -> None:
 
 def test_what_would_help_against_a_lack_of_memory_is_named() -> None:
     def hint(gib: int, **layout: Any) -> str:
+        asked = recipe(layout=layout, workers=4, sequence_length=2048)
         with pytest.raises(PlanError) as caught:
-            plan(recipe(layout=layout, workers=4), LARGE, [pool("cuda", gpus=4, gib=gib)])
+            plan(asked, LARGE, [pool("cuda", gpus=4, gib=gib)])
         return caught.value.hint
 
-    assert re.match(r"any of these is enough: 2 nodes in place of 1.*; devices of 11.5 GiB \(TP4 PP1", hint(8))
-    assert "train.layout.zero_stage=3 (TP1 PP1 DP4 ZeRO-3" in hint(
-        48, tensor_parallel=1, pipeline_stages=1, zero_stage=1
-    )
-    assert "train.layout.recompute=true" in hint(40, recompute=False, tensor_parallel=1, pipeline_stages=1)
+    whole: dict[str, Any] = {"tensor_parallel": 1, "pipeline_stages": 1, "offload": False}
+    assert re.match(r"any of these is enough: 2 nodes in place of 1.*; devices of [0-9.]+ GiB \(TP4 PP1", hint(8))
+    assert "train.layout.zero_stage=3 (TP1 PP1 DP4 ZeRO-3" in hint(40, zero_stage=1, **whole)
+    assert "train.layout.recompute=true (TP1" in hint(40, recompute=False, zero_stage=3, **whole)
 
 
 def test_zero_splits_the_states_and_not_the_weights() -> None:
@@ -248,7 +249,8 @@ def test_the_live_planner_predicts_as_everybody_else() -> None:
 
 def ended(attempt: int, found: Plan, outcome: str) -> list[dict[str, Any]]:
     """The events of an attempt."""
-    planned = {"event": "planned", "attempt": attempt, "plan": json.loads(json.dumps(vars(found)))}
+    values = json.loads(json.dumps(vars(found)))
+    planned = {"event": "planned", "attempt": attempt, "plan": values, "trial": str(found) if found.trial else ""}
     return [planned, {"event": "attempt_ended", "attempt": attempt, "outcome": outcome}]
 
 
@@ -315,7 +317,7 @@ def test_a_model_that_no_device_holds_is_cut() -> None:
 
 
 def test_layouts_that_are_as_fast_do_not_take_turns() -> None:
-    """What the run has goes before what cuts the model less, and that before what is faster by less than can be told."""
+    """What the run has goes before what cuts the model less, and that before what is faster by next to nothing."""
     pools = [pool("cuda", nodes=2, gpus=8, gib=80)]
     first = plan(recipe(sequence_length=2048, global_batch_size=64), LARGE, pools)
     seen = set()
@@ -326,6 +328,59 @@ def test_layouts_that_are_as_fast_do_not_take_turns() -> None:
         assert found.step_time_s <= 1.05 * first.step_time_s
         seen.add(has)
     assert len(seen) > 1
+
+
+# --- layouts on trial -------------------------------------------------------------------------------------------------
+
+
+def trials(seconds: Mapping[str, float], given: NodePool, **train: Any) -> list[Plan]:
+    """The plans of a run up to the first that is no trial.
+
+    Args:
+        seconds: that steps take, by words of the layout; 1 without them.
+    """
+    events: list[dict[str, Any]] = []
+    plans: list[Plan] = []
+    while not plans or plans[-1].trial:
+        plans.append(plan(recipe(**train), SMALL, [given], past=learned(events)))
+        events += ended(len(plans), plans[-1], "yielded")
+        step_s = next((of_it for words, of_it in seconds.items() if words in str(plans[-1])), 1.0)
+        events.insert(-1, {"event": "tried", "layout": str(plans[-1]), "step_s": step_s})
+    return plans
+
+
+def test_the_best_layouts_are_tried_and_the_fastest_goes_on() -> None:
+    *tried, first = trials({"tensor parallel 2": 0.5}, pool(), trials=3)
+    assert [one.reason for one in tried] == [f"on trial, layout {n} of 3" for n in (1, 2, 3)]
+    assert len({str(one) for one in tried}) == 3
+    assert (first.tensor_parallel, first.reason) == (2, "fastest of 3 that were tried, 0.5 s a step")
+    assert trials({"2 stages": 0.5}, pool(), trials=3)[-1].pipeline_stages == 2
+
+
+def test_one_device_tries_sizes_of_micro_batches() -> None:
+    *tried, first = trials({"micro-batch 8": 0.5}, pool(cpus=1), trials=3)
+    assert len({str(one) for one in tried}) == 3
+    assert {one.workers for one in tried} == {1}
+    assert first.micro_batch_size == 8
+
+
+def test_what_fails_on_trial_is_left_out() -> None:
+    events: list[dict[str, Any]] = []
+    first = plan(recipe(trials=2), SMALL, [pool()], past=learned(events))
+    events += ended(1, first, "error")
+    second = plan(recipe(trials=2), SMALL, [pool()], past=learned(events))
+    assert (second.trial, str(second) != str(first)) == (True, True)
+    events += [{"event": "tried", "layout": str(second), "step_s": 3.0}, *ended(2, second, "yielded")]
+    last = plan(recipe(trials=2), SMALL, [pool()], past=learned(events))
+    assert not last.trial
+
+
+def test_other_numbers_of_devices_are_not_tried_again() -> None:
+    events: list[dict[str, Any]] = []
+    for number in (1, 2):
+        found = plan(recipe(trials=2), SMALL, [pool()], past=learned(events))
+        events += [*ended(number, found, "yielded"), {"event": "tried", "layout": str(found), "step_s": 1.0}]
+    assert not plan(recipe(trials=2), SMALL, [pool(nodes=2)], past=learned(events)).trial
 
 
 # --- devices that are not there ---------------------------------------------------------------------------------------

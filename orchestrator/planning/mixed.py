@@ -19,6 +19,7 @@ from orchestrator.planning.memory import Load, Memory, stage_memory
 from orchestrator.planning.request import Work
 from orchestrator.planning.throughput import Pace, stage_pace
 
+EXACT_DEVICES = 12
 LARGEST_MICRO_BATCH = 16
 """Sequences: larger ones leave a pipeline too few to fill it."""
 
@@ -51,7 +52,8 @@ class Stage:
 
 def mixed_pipeline(work: Work, pools: Sequence[Devices]) -> Mixed | None:
     """The fastest of those that have every replica on all pools, with ZeRO-1; None: none fits, or the pools do not go
-    together. Of numbers of replicas that give each pool as many stages the largest is tried."""
+    together. On few devices every number of stages on each pool is tried; on more those that leave no device idle which
+    another replica could not take, with the most replicas that they go with."""
     pools = sorted(pools, key=lambda pool: -pool.memory_bytes)
     shared = [dtype for dtype in pools[0].platforms if all(dtype in pool.platforms for pool in pools)]
     if work.dtype != "auto":
@@ -92,12 +94,15 @@ def _grids(work: Work, pools: Sequence[Devices]) -> Iterator[tuple[int, int, tup
             continue
         seen = set()
         for replicas in range(min(*(pool.groups(size) for pool in pools), work.global_batch_size), 0, -1):
-            counts = tuple(pool.groups(size) // replicas for pool in pools)
-            if sum(counts) > work.shape.layers:
+            most = tuple(pool.groups(size) // replicas for pool in pools)
+            if sum(pool.count for pool in pools) <= EXACT_DEVICES:
+                every = itertools.product(*(range(1, count + 1) for count in most))
+                yield from ((size, replicas, counts) for counts in every if sum(counts) <= work.shape.layers)
+            elif sum(most) > work.shape.layers:
                 break
-            if counts not in seen:
-                seen.add(counts)
-                yield size, replicas, counts
+            elif most not in seen:
+                seen.add(most)
+                yield size, replicas, most
 
 
 def laid(

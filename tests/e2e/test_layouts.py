@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.planning.plan import Plan
 from orchestrator.runs import RunDir, find_run
 from orchestrator.train.checkpoints import committed_steps
 from tests.e2e.conftest import terrane
@@ -85,6 +86,26 @@ def test_each_attempt_ran_in_the_layout_that_was_asked_for(changed: RunDir) -> N
     keys = ("tensor_parallel", "pipeline_stages", "layers_per_stage", "data_parallel", "zero_stage")
     plans = [changed.read_json(changed.plan(attempt)) for attempt in (1, 2, 3)]
     assert [[plan[key] for key in keys] for plan in plans] == [*[[2, 2, [1, 3], 1, 1]] * 2, [1, 1, [4], 2, 3]]
+
+
+def test_layouts_on_trial_train_on_and_the_fastest_by_measurement_stays(
+    recipe: Path, undisturbed: RunDir, tmp_path: Path
+) -> None:
+    shutil.copytree(undisturbed.corpus, tmp_path / "cut" / "corpus")
+    larger = "model={architecture: llama, layers: 4, hidden_size: 128, heads: 4, kv_heads: 2}"
+    settings = ("train.trials=3", "train.steps=300", "train.global_batch_size=48", "train.standby=false")
+    terrane("run", str(recipe), f"storage={tmp_path}", larger, *settings, "--stage", "train")
+    run = find_run(str(tmp_path / "cut"))
+    seconds = {event["layout"]: event["step_s"] for event in run.events() if event["event"] == "tried"}
+    assert len(seconds) == 3
+    plans = [event["plan"] for event in run.events() if event["event"] == "planned"]
+    assert [plan["trial"] for plan in plans[:3]] == [True] * 3
+    assert len({(plan["tensor_parallel"], plan["pipeline_stages"]) for plan in plans[:3]}) == 3
+    *_, last = run.metric_lines()
+    lasting = Plan(**plans[last["attempt"] - 1])
+    assert str(lasting) == min(seconds, key=lambda layout: seconds[layout])
+    assert sorted(run.loss_curve()) == list(range(1, 301))
+    assert len(list(run.metric_lines())) == 300, "no step was done twice"
 
 
 def test_the_exported_models_are_the_same_to_rounding(undisturbed: RunDir, changed: RunDir) -> None:

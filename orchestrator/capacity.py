@@ -60,11 +60,12 @@ def make_plan(
         prefer: ids of nodes to take before others.
         past: what the run's attempts have taught, where it is known already; read from its events otherwise.
     """
-    pools, shape = _without(cluster.node_pools(), without), _shape(run, recipe)
+    pools, shape = _without(cluster.node_pools(), without), trained_shape(run, recipe)
     return plan_around(run, recipe, shape, pools, frozenset(prefer), past or learned(run.events()))
 
 
-def _shape(run: RunDir, recipe: Recipe) -> ModelShape:
+def trained_shape(run: RunDir, recipe: Recipe) -> ModelShape:
+    """With the vocabulary of the corpus, or the one that it will have."""
     manifest = load_manifest(run.corpus)
     return model_shape(recipe, manifest.vocab_size if manifest else tokenizer.planned_vocabulary(recipe))
 
@@ -165,7 +166,7 @@ class Capacity:
             return None
         pools = with_speeds(self._run, cluster.node_pools())
         return wanted_change(
-            predicted_anew(live, self._recipe, _shape(self._run, self._recipe), pools),
+            predicted_anew(live, self._recipe, trained_shape(self._run, self._recipe), pools),
             candidate,
             leaving=leaving,
             slow=slow,

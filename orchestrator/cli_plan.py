@@ -105,19 +105,24 @@ def _on_live_cluster(recipe: Recipe, address: str | None, as_json: bool) -> None
     from dataclasses import asdict
 
     from orchestrator import cluster
-    from orchestrator.capacity import make_plan
+    from orchestrator.capacity import make_plan, trained_shape
     from orchestrator.hub import pinned
+    from orchestrator.nodes import with_speeds
+    from orchestrator.plan_command import answer
+    from orchestrator.plan_report import as_json as values_of
+    from orchestrator.plan_report import describe
+    from orchestrator.planning.devices import of_live
     from orchestrator.runs import run_of
     from orchestrator.stages import check_inputs
 
     loaded = pinned(recipe)
     check_inputs(loaded)
+    run = run_of(loaded)
     with cluster.connection(address):
-        found = make_plan(run_of(loaded), loaded)
+        plan = make_plan(run, loaded)
+        pools = [of_live(pool, loaded.train.cpus_per_worker) for pool in with_speeds(run, cluster.node_pools())]
+    found = answer(loaded, trained_shape(run, loaded), pools, plan)
     if as_json:
-        typer.echo(json.dumps(asdict(found), indent=2))
+        typer.echo(json.dumps({**values_of(found), "plan": asdict(plan)}, indent=2))
         return
-    memory, time_s = found.memory_bytes / 2**30, found.step_time_s
-    typer.echo(f"{found}: {memory:.1f} GiB a worker, {time_s:.2f} s a step (predicted); {found.reason}")
-    for loser in found.losers:
-        typer.echo(f"  {loser}")
+    typer.echo(f"a run here takes {plan}: {plan.reason}\n\n{describe(found)}")

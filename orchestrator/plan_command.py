@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchestrator.config import Recipe, recipe_of
@@ -16,9 +16,10 @@ from orchestrator.planning import islands as unlike
 from orchestrator.planning.devices import Devices
 from orchestrator.planning.families import GALACTICA
 from orchestrator.planning.layout import layout_of
-from orchestrator.planning.layout_search import Found, predicted, search
+from orchestrator.planning.layout_search import Found, predicted, search, sized
 from orchestrator.planning.losers import Loser, losers
 from orchestrator.planning.mixed import Mixed, mixed_pipeline
+from orchestrator.planning.plan import Plan
 from orchestrator.planning.prediction import Prediction
 from orchestrator.planning.request import Space, Work, space_of, work_of
 from orchestrator.planning.shape import ModelShape, model_shape, shape_of
@@ -78,8 +79,11 @@ def shape_for(recipe: Recipe, of_model_alone: bool) -> ModelShape:
     return model_shape(recipe, planned_vocabulary(recipe))
 
 
-def answer(recipe: Recipe, shape: ModelShape, pools: Sequence[Devices]) -> Answer:
+def answer(recipe: Recipe, shape: ModelShape, pools: Sequence[Devices], taken: Plan | None = None) -> Answer:
     """
+    Args:
+        taken: what a run would take, where that is known: it counts as the chosen layout.
+
     Raises:
         PlanError: nothing fits any pool; says what would be enough.
         UserError: the recipe asks for what the model or the engine cannot do.
@@ -90,6 +94,8 @@ def answer(recipe: Recipe, shape: ModelShape, pools: Sequence[Devices]) -> Answe
     fitting = sorted((one for one in found if one.best), key=lambda one: one.best[0].rank)
     if not fitting:
         raise no_plan(work, [(one, space) for one in found])
+    if taken:
+        fitting = [_with_first(work, one, taken) for one in fitting if one.devices.accelerator == taken.accelerator]
     first = fitting[0]
     return Answer(
         recipe=recipe,
@@ -100,6 +106,11 @@ def answer(recipe: Recipe, shape: ModelShape, pools: Sequence[Devices]) -> Answe
         islands=_islands(work, space, found),
         mixed=mixed_pipeline(work, pools) if space == Space() else None,
     )
+
+
+def _with_first(work: Work, found: Found, plan: Plan) -> Found:
+    first = sized(work, found.devices, plan.layout, plan.data_parallel, plan.micro_batch_size, plan.dtype)
+    return replace(found, best=(first, *(other for other in found.best if other.cut != first.cut)))
 
 
 def _islands(work: Work, space: Space, found: Sequence[Found]) -> unlike.Islands | None:

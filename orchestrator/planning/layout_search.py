@@ -132,7 +132,7 @@ def families(work: Work, devices: Devices, space: Space, dtype: str) -> Iterator
     for size in _tensor_sizes(work.shape, devices, space):
         for stages in _stage_counts(work.shape, devices, space, size):
             blocks = space.layers_per_stage or even_layers(work.shape.layers, stages)
-            for zero in _zero_stages(space, size * stages > 1, stages > 1, dtype):
+            for zero in _zero_stages(space, devices, size * stages > 1, stages > 1, dtype):
                 for offload in _offloads(space, devices, zero):
                     for recompute in _either(space.recompute):
                         yield Layout(
@@ -156,11 +156,13 @@ def _stage_counts(shape: ModelShape, devices: Devices, space: Space, size: int) 
     return [stages for stages in range(1, most + 1) if space.pipeline_stages in (None, stages)]
 
 
-def _zero_stages(space: Space, together: bool, pipelined: bool, dtype: str) -> list[int]:
-    """DeepSpeed needs ZeRO to add gradients up in fp32, and a pipeline holds its gradients and parameters."""
+def _zero_stages(space: Space, devices: Devices, together: bool, pipelined: bool, dtype: str) -> list[int]:
+    """DeepSpeed needs ZeRO to add gradients up in fp32, and a pipeline holds its gradients and parameters. On several
+    devices ZeRO-0 must be asked for: ZeRO-1 has the same traffic, and each replica updates its part alone."""
     least, most = 1 if together or dtype != "fp32" else 0, 1 if pipelined else 3
     if space.zero_stage is None:
-        return list(range(least, most + 1))
+        alone = 1 in (devices.count, space.most_workers)
+        return list(range(least if alone else 1, most + 1))
     return [max(space.zero_stage, least)] if space.zero_stage <= most else []
 
 

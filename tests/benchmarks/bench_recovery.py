@@ -78,9 +78,9 @@ def test_recovery(cluster: LocalCluster, recipe: Path) -> None:
         if name not in WANTED:
             continue
         run = played(cluster, recipe, corpus, fault, apart, values)
-        found[name] = recoveries(run)
+        found[name] = resizes(run, "drain") if name == "node drained" else recoveries(run)
         if name == "node lost":
-            found["planned resize, a node came back"] = resizes(run)
+            found["planned resize, a node came back"] = resizes(run, "resize")
     for name, victim in PEERS.items():
         if name in WANTED:
             found[name] = [{"total": seconds} for seconds in peer(cluster, recipe.parent, victim)]
@@ -126,10 +126,10 @@ def recoveries(run: RunDir) -> list[dict[str, float]]:
     return phases_of(run, struck)
 
 
-def resizes(run: RunDir) -> list[dict[str, float]]:
-    """Of each attempt that made room for a better plan: seconds from its last step on."""
-    ended = [e for e in run.events() if e["event"] == "attempt_ended" and e["outcome"] == "yielded"]
-    lasts = [max(line["time"] for line in run.metric_lines(event["attempt"])) for event in ended]
+def resizes(run: RunDir, kind: str) -> list[dict[str, float]]:
+    """Of each attempt that made room for another plan: seconds from its last step on."""
+    ended = [event["attempt"] for event in run.events() if event["event"] == "resized" and event["kind"] == kind]
+    lasts = [max(line["time"] for line in run.metric_lines(attempt)) for attempt in ended]
     return phases_of(run, lasts)
 
 
@@ -163,8 +163,8 @@ def peer(cluster: LocalCluster, folder: Path, victim: str) -> list[float]:
     """The same faults in a run of ScalingConfig(num_workers=(1, 2)) with a checkpoint every 10 steps."""
     place = folder / f"elastic-{victim}"
     kills = strikes(APART)
-    lines = place / "metrics" / "attempt-001.jsonl"
-    lines.parent.mkdir(parents=True)
+    metrics = place / "metrics" / "attempt-001.jsonl"
+    metrics.parent.mkdir(parents=True)
     steps = APART * (ROUNDS + 1)
     settings = {
         "address": cluster.address,
@@ -185,8 +185,9 @@ def peer(cluster: LocalCluster, folder: Path, victim: str) -> list[float]:
         if process.poll() is None:
             kill_tree(process)
     struck = struck or [float((place / f"killed-{step}").read_text()) for step in kills]
-    records = [json.loads(line) for line in lines.read_text().splitlines()]
-    new = [next_new_step(at, records) for at in struck]
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    after = [[record for record in records if record["step"] > step] for step in kills]  # its rank 0 may be behind
+    new = [next_new_step(at, lines) for at, lines in zip(struck, after, strict=True)]
     return [found - at for at, found in zip(struck, new, strict=True) if found is not None]
 
 

@@ -1,7 +1,8 @@
 """One pipeline over pools of unlike devices that share a backend: each stage on one pool, with the layers that suit it.
 
 The first stages hold the most micro-batches, so they stand on the devices with the most memory. For given stages the
-layers are split so that the step is the shortest: exact.
+layers are split so that all micro-batches take the least time: exact. What comes once a step, the reduction of gradients
+and the update, is weighed on few devices alone.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from orchestrator.planning.memory import Load, Memory, stage_memory
 from orchestrator.planning.request import Work
 from orchestrator.planning.throughput import Pace, stage_pace
 
-EXACT_DEVICES = 12
+EXACT_DEVICES, EXACT_SPLITS = 12, 20_000
+"""Up to so many devices every grid of stages is tried; and every split of the layers, where there are no more."""
 LARGEST_MICRO_BATCH = 16
 """Sequences: larger ones leave a pipeline too few to fill it."""
 
@@ -141,6 +143,8 @@ class _Grid:
         )
         platforms = {pool.name: platform_for(work, pool, load.dtype) for pool in pools}
         self.platforms = [platforms[pool.name] for pool in self.pools]
+        self.few = sum(pool.count for pool in pools) <= EXACT_DEVICES
+        self.known: dict[tuple[str, int, bool, bool], Pace] = {}
         self.filled = math.ceil(work.global_batch_size / load.data_parallel) / load.accumulation
         self.unlimited = self._unlimited()
 
@@ -157,9 +161,8 @@ class _Grid:
         blocks = split_layers(stages, self.work.shape.layers, self.load.accumulation)
         if blocks is None:
             return None
-        paces = [self._pace(number, count) for number, count in enumerate(blocks)]
-        times = [self._seconds(one) for one in paces]
-        once = max(one.reduce_s for one in paces) + max(one.update_s for one in paces)
+        if self.few and math.comb(self.work.shape.layers - 1, len(stages) - 1) <= EXACT_SPLITS:
+            blocks = min(_splits(stages, self.work.shape.layers), key=self._step_s)
         layout = replace(self.layout, layers_per_stage=blocks)
         numbered = enumerate(self.platforms)
         return Mixed(
@@ -170,8 +173,14 @@ class _Grid:
             micro_batch_size=self.load.micro_batch_size,
             accumulation=self.load.accumulation,
             stages=tuple(stage_memory(self.work.shape, layout, platform, self.load, n) for n, platform in numbered),
-            step_time_s=sum(times) + (self.load.accumulation - 1) * max(times) + once,
+            step_time_s=self._step_s(blocks),
         )
+
+    def _step_s(self, blocks: Sequence[int]) -> float:
+        paces = [self._pace(number, count) for number, count in enumerate(blocks)]
+        times = [self._seconds(one) for one in paces]
+        once = max(one.reduce_s for one in paces) + max(one.update_s for one in paces)
+        return sum(times) + (self.load.accumulation - 1) * max(times) + once
 
     def _unlimited(self) -> list[Stage]:
         """Stages on one pool are alike, but for the first and the last of all."""
@@ -187,7 +196,11 @@ class _Grid:
 
     def _pace(self, stage: int, blocks: int) -> Pace:
         first, last = stage == 0, stage == len(self.pools) - 1
-        return stage_pace(self.work.shape, self.layout, self.platforms[stage], self.load, blocks, first, last)
+        kind = (self.pools[stage].name, blocks, first, last)
+        if kind not in self.known:
+            platform = self.platforms[stage]
+            self.known[kind] = stage_pace(self.work.shape, self.layout, platform, self.load, blocks, first, last)
+        return self.known[kind]
 
     def _seconds(self, pace: Pace) -> float:
         return pace.sequence_s * self.filled + pace.fixed_s
@@ -202,6 +215,14 @@ class _Grid:
             needed = stage_memory(self.work.shape, layout, self.platforms[stage], self.load, stage).total
             few, many = (middle, many) if needed <= self.pools[stage].memory_bytes else (few, middle)
         return few
+
+
+def _splits(stages: Sequence[Stage], layers: int) -> Iterator[tuple[int, ...]]:
+    """Every number of layers of each stage, one at least, that there is memory for."""
+    for ends in itertools.combinations(range(1, layers), len(stages) - 1):
+        counts = tuple(end - begin for begin, end in itertools.pairwise((0, *ends, layers)))
+        if all(count <= stage.most for count, stage in zip(counts, stages, strict=True)):
+            yield counts
 
 
 def split_layers(stages: Sequence[Stage], layers: int, micro_batches: int) -> tuple[int, ...] | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,10 +14,12 @@ import pytest
 from orchestrator.planning.cluster_file import Pool
 from orchestrator.planning.devices import Devices, of_pool
 from orchestrator.planning.islands import islands
+from orchestrator.planning.layout import Layout
 from orchestrator.planning.layout_search import search, sized
-from orchestrator.planning.memory import Load
+from orchestrator.planning.memory import Load, stage_memory
 from orchestrator.planning.mixed import Stage, laid, mixed_pipeline, split_layers
-from orchestrator.planning.request import Space
+from orchestrator.planning.request import Space, Work
+from orchestrator.planning.throughput import stage_pace
 from tests.unit.test_layout_search import galactica, work
 
 
@@ -94,6 +98,78 @@ def test_layers_are_split_as_well_as_by_a_look_at_every_split() -> None:
             assert sum(found) == layers
             assert all(1 <= n <= stage.most for n, stage in zip(found, stages, strict=True))
             assert step(found) == pytest.approx(min(every), rel=1e-12)
+
+
+def every_pipeline(asked: Work, pools: Sequence[Devices]) -> Iterator[float]:
+    """Seconds of a step of every pipeline that fits, by predictions of every single one."""
+    blocks, batch = asked.shape.layers, asked.global_batch_size
+    for size in (size for size in (1, 2) if all(size <= one.devices_per_node for one in pools)):
+        for replicas in range(1, min(*(one.groups(size) for one in pools), batch) + 1):
+            for counts in itertools.product(*(range(1, one.groups(size) // replicas + 1) for one in pools)):
+                of_stage = [one for one, count in zip(pools, counts, strict=True) for _ in range(count)]
+                for ends in itertools.combinations(range(1, blocks), len(of_stage) - 1):
+                    split = tuple(end - begin for begin, end in itertools.pairwise((0, *ends, blocks)))
+                    for recompute, micro_batch in itertools.product((False, True), range(1, batch // replicas + 1)):
+                        cut = Layout(
+                            tensor_parallel=size,
+                            pipeline_stages=len(of_stage),
+                            layers_per_stage=split,
+                            zero_stage=1,
+                            offload=False,
+                            recompute=recompute,
+                        )
+                        yield from seconds_if_it_fits(asked, of_stage, cut, replicas, micro_batch)
+
+
+def seconds_if_it_fits(
+    asked: Work, of_stage: Sequence[Devices], cut: Layout, replicas: int, micro_batch: int
+) -> Iterator[float]:
+    share = math.ceil(asked.global_batch_size / replicas)
+    load = Load(
+        dtype="bf16",
+        data_parallel=replicas,
+        micro_batch_size=micro_batch,
+        accumulation=math.ceil(share / micro_batch),
+        sequence_length=asked.sequence_length,
+    )
+    paces = []
+    for number, (one, blocks) in enumerate(zip(of_stage, cut.layers_per_stage, strict=True)):
+        platform = one.platforms["bf16"]
+        if stage_memory(asked.shape, cut, platform, load, number).total > one.memory_bytes:
+            return
+        first, last = number == 0, number == len(of_stage) - 1
+        paces.append(stage_pace(asked.shape, cut, platform, load, blocks, first, last))
+    times = [pace.sequence_s * share / load.accumulation + pace.fixed_s for pace in paces]
+    once = max(pace.reduce_s for pace in paces) + max(pace.update_s for pace in paces)
+    yield sum(times) + (load.accumulation - 1) * max(times) + once
+
+
+def test_no_pipeline_over_few_devices_is_faster() -> None:
+    rng = random.Random(1)
+    fitting = 0
+    for _ in range(40):
+        first, second = rng.choice([(1, 2), (2, 2), (1, 4), (2, 3)])
+        links = rng.choices([0.1, 1, 20], k=2)
+        pools = [
+            pool("a", "a100-40", first, devices_per_node=2, memory_gib=8, node_link_gb_per_s=links[0]),
+            pool(
+                "b",
+                "v100-16",
+                second,
+                devices_per_node=rng.choice([1, 2]),
+                memory_gib=rng.uniform(2, 6),
+                tflops={"bf16": rng.choice([20, 60, 300])},
+                node_link_gb_per_s=links[1],
+            ),
+        ]
+        shape = replace(galactica("125m"), layers=rng.randint(4, 6))
+        asked = work(shape, sequence_length=512, global_batch_size=rng.choice([2, 4, 9]))
+        found, times = mixed_pipeline(asked, pools), list(every_pipeline(asked, pools))
+        assert (found is None) == (not times)
+        if found:
+            fitting += 1
+            assert found.step_time_s == pytest.approx(min(times), rel=1e-9)
+    assert fitting > 20
 
 
 def test_big_memory_comes_first_and_fast_devices_take_more_layers() -> None:

@@ -1,8 +1,8 @@
 """One pipeline over pools of unlike devices that share a backend: each stage on one pool, with the layers that suit it.
 
 The first stages hold the most micro-batches, so they stand on the devices with the most memory. For given stages the
-layers are split so that all micro-batches take the least time: exact. What comes once a step, the reduction of gradients
-and the update, is weighed on few devices alone.
+layers are split so that all micro-batches take the least time: exact. What comes once a step, the reduction of
+gradients and the update, is weighed on few devices alone.
 """
 
 from __future__ import annotations

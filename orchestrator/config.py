@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
@@ -202,6 +203,7 @@ def expand_path(path: str) -> str:
     return path.replace("${site_packages}", sysconfig.get_paths()["purelib"])
 
 
+_ALTERNATIVE = re.compile(r"constrained-\w+|literal\[.*\]")
 _PLAIN = {"tuple_type": "give a list, as in [a, b]", "model_type": "give keys and values, as in {key: value}"}
 """What pydantic says in the words of Python."""
 
@@ -212,7 +214,8 @@ def _explain(document: Document, error: ValidationError) -> UserError:
     for item in error.errors():
         if item["type"] == "too_short" and any(loc[: len(item["loc"])] == item["loc"] != loc for loc in places):
             continue  # its entries are there, and wrong
-        location = tuple(str(part) for part in item["loc"] if part not in FAULTS)  # pydantic puts the kind in the path
+        # pydantic puts the kind of a fault, and the alternatives of a value, in the path
+        location = tuple(str(p) for p in item["loc"] if p not in FAULTS and not _ALTERNATIVE.fullmatch(str(p)))
         if item["type"].startswith("union_tag"):
             location = (*location, "kind")
         dotted = ".".join(location)
@@ -229,6 +232,9 @@ def _explain(document: Document, error: ValidationError) -> UserError:
             text = text[0].lower() + text[1:]
             value = "" if isinstance(item["input"], (dict, list)) else f"={json.dumps(item['input'], default=str)}"
             message = f"{document.place_of(location)} {dotted}{value}: {text}"
+            if messages and messages[-1].startswith(message.removesuffix(text)):
+                messages[-1] += f", or {text}"
+                continue
         messages.append(message)
     return UserError("\n       ".join(messages), hint)
 

@@ -276,7 +276,7 @@ def describe(found: Answer) -> str:
 def _inputs_in_words(found: Answer) -> list[str]:
     inputs, costs = found.inputs, found.scenario.costs
     lines = [
-        f"{island.nodes} nodes of {island.devices_per_node} in {island.name}"
+        f"{island.nodes} node{'s' if island.nodes > 1 else ''} of {island.devices_per_node} in {island.name}"
         + (f", down to {island.least}" if island.least < island.nodes else ", all or none")
         + (f", {island.spare_nodes} spare" if island.spare_nodes else "")
         + "".join(f", one {words(h.outcome)} in {h.mtbf_hours:,.0f} {h.of}-hours" for h in island.hazards)

@@ -110,6 +110,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ("train.keep_best=true", "keep_best goes by the held-out loss: give evaluate_every"),
         ("train={steps: 9, lr: 1, keep_best: true, evaluate_every: 5, checkpoint_every: 3}", "5 is no multiple of"),
         ("train.spikes={window: 4}", "train.spikes.window"),
+        ("train.checkpoint_every=0", "train.checkpoint_every=0: input should be greater than or equal to 1, or input"),
         ("corpus.languages=[english]", "corpus.languages.0"),
         ("corpus.quality.max_digit_share=40", "corpus.quality.max_digit_share"),
     ],

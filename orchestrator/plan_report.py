@@ -187,12 +187,12 @@ def describe(found: Answer) -> str:
     bill = _bill(found, devices, best)
     cost = f", which cost {_amount(bill['cost'])}" if bill["cost"] else ""
     lines = [
-        f"{work.shape.parameters / 1e9:.3g}B parameters on {devices}: {work.global_batch_size:,} sequences of "
+        f"{_count(work.shape.parameters)} parameters on {devices}: {work.global_batch_size:,} sequences of "
         f"{work.sequence_length:,} tokens a step",
         f"chosen      {best}, {best.workers} devices, {best.dtype}"
         + (f", {_blocks(best)}" if best.layout.pipeline_stages > 1 else ""),
         f"step        {best.step.total:.4g} s, {prediction.tokens_per_second:,.0f} tokens/s, MFU {prediction.mfu:.1%}",
-        f"{f'{work.steps:,} steps':11} {work.tokens / 1e9:,.4g}B tokens: {_span(bill['total_s'])}, "
+        f"{f'{work.steps:,} steps':11} {_count(work.tokens)} tokens: {_span(bill['total_s'])}, "
         f"{_amount(bill['device_hours'])} device hours{cost}",
         f"memory      {prediction.reason}",
         "",
@@ -212,6 +212,13 @@ def describe(found: Answer) -> str:
         figures = {key: value for key, value in platform.items() if key != "sources"}
         lines += [f"by figures  {json.dumps(figures)}"]
     return "\n".join(lines)
+
+
+def _count(number: float) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if number >= size:
+            return f"{number / size:,.4g}{unit}"
+    return f"{number:,.0f}"
 
 
 def _amount(amount: float) -> str:

@@ -9,7 +9,7 @@ import asyncio
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,21 @@ from typing import Any
 from orchestrator import accelerators
 from orchestrator.errors import UserError
 from orchestrator.examiner import NoAnswer, answer_of
+from orchestrator.planning.fitting import (
+    Trained,
+    bytes_per_parameter,
+    fitted,
+    predicted_bytes_per_parameter,
+    predicted_step_s,
+)
 from orchestrator.planning.platform import Device, device
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """With their names in torch."""
-TIMEOUT_S = 300.0
+TIMEOUT_S = 600.0
+BYTES_MAY_DIFFER = 0.02
+"""Share by which the bytes of a parameter may differ from the formula that plans are made with before the file has
+them: the formula knows every dtype and ZeRO stage, and a figure of the file holds for all alike."""
 _GIB, _GB, _TERA = 2**30, 1e9, 1e12
 
 
@@ -45,6 +55,12 @@ class Calibration:
     """To the next device; None without one."""
     base_bytes: int
     """Of a process before the model."""
+    trained: tuple[Trained, Trained]
+    """A small model and a larger one."""
+
+    @classmethod
+    def from_json(cls, answer: dict[str, Any]) -> Calibration:
+        return cls(**{**answer, "trained": tuple(Trained(**trained) for trained in answer["trained"])})
 
     def best(self, dtype: str) -> tuple[float, float]:
         """(best, median) of the size with the best median."""
@@ -65,7 +81,7 @@ def calibrate(path: str) -> Calibration:
         answer = json.loads(asyncio.run(answer_of(command, TIMEOUT_S)).splitlines()[-1])
     except NoAnswer as error:
         raise UserError(f"calibration {error}", "look at the device's driver; terrane doctor says more") from None
-    found = Calibration(**answer)
+    found = Calibration.from_json(answer)
     try:
         Path(path).write_text(platform_file(found, datetime.now(UTC).date().isoformat()), encoding="utf-8")
     except OSError as error:
@@ -80,16 +96,18 @@ def platform_file(found: Calibration, day: str) -> str:
         day: of the measurement.
     """
     measured = _measured(found)
-    values = device(found.accelerator).model_dump(exclude={"sources"}, exclude_none=True) | measured
-    sources = dict.fromkeys(measured, f"Measured on {found.name}, {day}")
-    sources["efficiency"] = f"{sources['efficiency']}: typical over best products; no training was measured"
+    nominal = device(found.accelerator).model_dump(exclude={"sources"}, exclude_none=True)
+    calibrated = Device.model_validate(nominal | measured)
+    known = nominal | measured | _of_training(found, calibrated)
+    sources = dict.fromkeys(measured, f"Measured on {found.name}, {day}") | _sources_of_training(found, day, known)
     sources["*"] = f"Nominal, of {found.accelerator} as a kind"
-    Device.model_validate({**values, "sources": sources})
+    calibrated = Device.model_validate({**known, "sources": sources})
     lines = [
         f"# {found.name}, {day}. Products of square matrices, 10^12 operations a second (best, typical):",
         *_by_size(found),
+        *_steps(found, calibrated),
     ]
-    lines += [f"{key} = {_toml(value)}" for key, value in values.items()]
+    lines += [f"{key} = {_toml(value)}" for key, value in known.items()]
     lines += ["", "[sources]", *(f"{json.dumps(key)} = {json.dumps(text)}" for key, text in sources.items())]
     return "\n".join(lines) + "\n"
 
@@ -98,7 +116,6 @@ def _measured(found: Calibration) -> dict[str, Any]:
     rates = {dtype: found.best(dtype) for dtype in found.flops_by_size}
     figures: dict[str, Any] = {
         "tflops": {dtype: _rounded(best / _TERA) for dtype, (best, _) in rates.items()},
-        "efficiency": _rounded(min(median / best for best, median in rates.values())),
         "memory_gb_per_s": _rounded(found.memory_bytes_per_s / _GB),
         "devices_per_node": found.devices,
         "base_memory_gib": _rounded(found.base_bytes / _GIB),
@@ -110,6 +127,49 @@ def _measured(found: Calibration) -> dict[str, Any]:
     if found.device_link_bytes_per_s:
         figures["device_link_gb_per_s"] = _rounded(found.device_link_bytes_per_s / _GB)
     return figures
+
+
+def _of_training(found: Calibration, calibrated: Device) -> dict[str, Any]:
+    small, larger = found.trained
+    fit = fitted(small, larger, calibrated)
+    figures: dict[str, Any] = {
+        "efficiency": _rounded(fit.efficiency),
+        "layer_overhead_us": _rounded(fit.layer_overhead_s * 1e6),
+        "micro_batch_overhead_us": 0.0,
+    }
+    held, formula = _bytes_per_parameter(found, calibrated)
+    if abs(held / formula - 1) > BYTES_MAY_DIFFER:
+        figures["bytes_per_parameter"] = _rounded(held)
+    return figures
+
+
+def _bytes_per_parameter(found: Calibration, calibrated: Device) -> tuple[float, float]:
+    """(measured, by the formula of plans)."""
+    small, larger = found.trained
+    platform = replace(calibrated.platform(larger.dtype), bytes_per_parameter=None, gradient_bytes=None)
+    return bytes_per_parameter(small, larger), predicted_bytes_per_parameter(larger, platform)
+
+
+def _sources_of_training(found: Calibration, day: str, known: Mapping[str, Any]) -> dict[str, str]:
+    small, larger = found.trained
+    models = f"{small.shape.parameters:,} and of {larger.shape.parameters:,} parameters"
+    fit = f"Fitted to training steps of models of {models} in {larger.dtype} on {found.name}, {day}"
+    sources = {"efficiency": fit, "layer_overhead_us": fit, "micro_batch_overhead_us": "In layer_overhead_us"}
+    if "bytes_per_parameter" in known:
+        sources["bytes_per_parameter"] = (
+            f"Measured with ZeRO-{larger.zero_stage} in {larger.dtype}, between them; {day}"
+        )
+    return sources
+
+
+def _steps(found: Calibration, calibrated: Device) -> Iterator[str]:
+    larger = found.trained[1]
+    yield f"# Training steps with ZeRO-{larger.zero_stage} in {larger.dtype} (measured, predicted with this file):"
+    for trained in found.trained:
+        predicted = predicted_step_s(trained, calibrated.platform(trained.dtype))
+        yield f"#   {trained.shape.parameters:,} parameters  {trained.step_s:.4g} s, {predicted:.4g} s"
+    held, formula = _bytes_per_parameter(found, calibrated)
+    yield f"# Weights, gradients and optimizer states: {held:.4g} bytes a parameter; by the formula {formula:.4g}"
 
 
 def _by_size(found: Calibration) -> Iterator[str]:

@@ -209,7 +209,8 @@ _PLAIN = {"tuple_type": "give a list, as in [a, b]", "model_type": "give keys an
 
 
 def _explain(document: Document, error: ValidationError) -> UserError:
-    messages, hint = [], ""
+    messages: list[str] = []
+    hint = ""
     places = {item["loc"] for item in error.errors()}
     for item in error.errors():
         if item["type"] == "too_short" and any(loc[: len(item["loc"])] == item["loc"] != loc for loc in places):

@@ -9,6 +9,10 @@ from orchestrator.planning.layout import Layout
 from orchestrator.planning.platform import Platform, nominal
 from orchestrator.planning.shape import ModelShape
 
+_KEPT_FETCHED = 500_000_000
+"""Elements of the last layers that ZeRO-3 fetches for the forward pass and keeps for the backward pass: DeepSpeed
+releases what is not used again within 10^9 elements (stage3_max_reuse_distance), there and back."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
@@ -93,7 +97,8 @@ def memory_by_stage(
     """Of a worker of each pipeline stage.
 
     States after Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models" (2020);
-    DeepSpeed keeps fp32 masters apart from the working weights in fp32 runs too, except under ZeRO-0. A pipeline in
+    DeepSpeed keeps fp32 masters apart from the working weights in fp32 runs too, except under ZeRO-0. What an engine
+    holds of them is counted in tests/engine/test_state_bytes.py. A pipeline in
     1F1B order holds min(stages - stage, accumulation) micro-batches in a stage (Narayanan et al., "Memory-Efficient
     Pipeline-Parallel DNN Training", 2021), with the output of each beside what its blocks keep.
 
@@ -134,15 +139,15 @@ def _stage_memory(
     size, blocks = layout.tensor_parallel, layout.layers_per_stage[stage]
     last = stage == layout.pipeline_stages - 1
     parameters = shape.rank_parameters(blocks, first=stage == 0, last=last, tensor_parallel=size)
-    split = [load.data_parallel if layout.zero_stage >= level else 1 for level in (1, 2, 3)]
+    split = {level: load.data_parallel if layout.zero_stage >= level else 1 for level in (1, 3)}
     gradient, optimizer = _state_bytes(platform, layout, load)
     in_flight = min(layout.pipeline_stages - stage, load.accumulation)
     kept = _kept_of_a_block(shape, layout, load) if layout.recompute else block
     held = in_flight * blocks * kept + (block if layout.recompute else 0)
     return Memory(
-        weights=load.width * parameters // split[2],
-        gradients=int(gradient * parameters) // split[1],
-        optimizer=0 if layout.offload and not host_memory else int(optimizer * parameters) // split[0],
+        weights=load.width * parameters // split[3],
+        gradients=int(gradient * _reduced_elements(shape, layout, load, parameters)),
+        optimizer=0 if layout.offload and not host_memory else int(optimizer * parameters) // split[1],
         activations=int(held),
         logits=logits_bytes(shape, layout, load) if last else 0,
         buffers=_buffers(shape, layout, platform, load, parameters, in_flight, host_memory),
@@ -152,11 +157,24 @@ def _stage_memory(
 
 
 def _state_bytes(platform: Platform, layout: Layout, load: Load) -> tuple[float, float]:
-    """Of a parameter: (gradient, optimizer)."""
-    gradient = platform.gradient_bytes or 4
+    """Of a parameter: (gradient, optimizer). Gradients add up in fp32; in bf16 with ZeRO-1 DeepSpeed keeps those of the
+    last micro-batch in bf16 beside the sum."""
+    twice = load.dtype == "bf16" and layout.zero_stage == 1 and not layout.offload
+    gradient = platform.gradient_bytes or (6 if twice else 4)
     if platform.bytes_per_parameter:
         return gradient, max(platform.bytes_per_parameter - load.width - gradient, 0)
     return gradient, 8 if load.dtype == "fp32" and not layout.zero_stage else 12
+
+
+def _reduced_elements(shape: ModelShape, layout: Layout, load: Load, parameters: int) -> int:
+    """Of gradients that the rank with the most keeps. In fp32 ZeRO-2 keeps tensors whole that a rank has a part of. Of
+    these the embedding counts, which many replicas share: the rank that has its end has all of it and what follows."""
+    if layout.zero_stage < 2:
+        return parameters
+    split = parameters // load.data_parallel
+    if layout.zero_stage == 3 or load.dtype != "fp32":
+        return split
+    return min(parameters, split * math.ceil(shape.vocabulary_parameters(layout.tensor_parallel) / split))
 
 
 def block_activations(shape: ModelShape, layout: Layout, platform: Platform, load: Load) -> float:
@@ -208,5 +226,8 @@ def _buffers(
     reduces = layout.zero_stage > 0 and load.data_parallel > 1
     # DeepSpeed fills one bucket while the other is on its way, where both can go on at once: not on a CPU.
     buckets = (1 if host_memory else 2) * min(parameters, platform.bucket_elements) if reduces else 0
-    fetched = 2 * math.ceil(shape.block_parameters / layout.tensor_parallel) if layout.zero_stage == 3 else 0
+    fetched = 0
+    if layout.zero_stage == 3 and load.data_parallel > 1:
+        least = 2 * math.ceil(shape.block_parameters / layout.tensor_parallel)
+        fetched = min(parameters, max(least, _KEPT_FETCHED))
     return int(outputs) + load.width * (buckets + fetched)

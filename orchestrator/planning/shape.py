@@ -43,6 +43,11 @@ class ModelShape:
         """Of what stands around the decoder blocks: embeddings, the last norm, the head."""
         return self.parameters - self.layers * self.block_parameters
 
+    def vocabulary_parameters(self, tensor_parallel: int) -> int:
+        """Elements of the embedding that one tensor-parallel rank holds."""
+        width = self.outer.embedding_size if self.outer else self.hidden_size
+        return vocabulary_rows(self.vocab_size, tensor_parallel) * width
+
     def rank_parameters(self, blocks: int, *, first: bool, last: bool, tensor_parallel: int) -> int:
         """Elements that one tensor-parallel rank of a pipeline stage holds.
 
@@ -57,7 +62,7 @@ class ModelShape:
             cut += self.outer_parameters if first else 0
             cut += min(self.outer_parameters, self.vocab_size * self.hidden_size) if last and not first else 0
             return held + cut // tensor_parallel
-        rows = vocabulary_rows(self.vocab_size, tensor_parallel) * self.outer.embedding_size
+        rows = self.vocabulary_parameters(tensor_parallel)
         held += (rows + self.outer.first) * first + self.outer.last * last
         held += rows if last and not (first and self.outer.tied) else 0
         return held + cut // tensor_parallel

@@ -10,17 +10,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from orchestrator.accelerators import ACCELERATORS, prepare_process
+from orchestrator.accelerators import ACCELERATORS, Accelerator, prepare_process
 from orchestrator.calibration import DTYPES, Calibration
+from orchestrator.planning.platform import Dtype
 from orchestrator.planning.platform import device as device_figures
 
 if TYPE_CHECKING:
     import torch
 
+Rates = Mapping[str, tuple[float, float]]
+"""(best, median) by size."""
 _COPIED_BYTES = 2**28
 _COPIES = 10
 
@@ -30,23 +33,20 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--accelerator", choices=sorted(ACCELERATORS), required=True)
     accelerator = ACCELERATORS[parser.parse_args(arguments).accelerator]
     prepare_process(accelerator)
-    sys.stdout.write(json.dumps(asdict(measure(accelerator.name, accelerator.torch_device))) + "\n")
+    sys.stdout.write(json.dumps(asdict(measure(accelerator))) + "\n")
 
 
-def measure(accelerator: str, torch_device: str) -> Calibration:
-    """
-    Args:
-        accelerator: its name, for the result.
-        torch_device: cpu or cuda.
-    """
+def measure(accelerator: Accelerator) -> Calibration:
+    """Of the first device: products, copies and base memory before a model is there, then training steps."""
     import deepspeed  # noqa: F401, a worker has it in memory, too
     import torch
 
     from orchestrator.train import speeds
+    from orchestrator.train.calibration_steps import train_two
 
-    device = torch.device(torch_device, 0)
+    device = torch.device(accelerator.torch_device, 0)
     with torch.inference_mode():
-        known = set(device_figures(accelerator).tflops)
+        known = set(device_figures(accelerator.name).tflops)
         by_size = {
             dtype: speeds.matrix_flops_by_size(device, getattr(torch, name))
             for dtype, name in DTYPES.items()
@@ -59,7 +59,7 @@ def measure(accelerator: str, torch_device: str) -> Calibration:
         between = _copy_rate(device, torch.device("cuda", 1)) if count > 1 else None
     return Calibration(
         name=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        accelerator=accelerator,
+        accelerator=accelerator.name,
         devices=count,
         memory_bytes=torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None,
         flops_by_size={dtype: rates for dtype, rates in by_size.items() if rates},
@@ -67,7 +67,17 @@ def measure(accelerator: str, torch_device: str) -> Calibration:
         host_link_bytes_per_s=links[0] if links else None,
         device_link_bytes_per_s=between,
         base_bytes=base_bytes,
+        trained=train_two(accelerator, trained_dtype(accelerator.name, by_size), speeds.free_bytes(device)),
     )
+
+
+def trained_dtype(accelerator: str, by_size: Mapping[Dtype, Rates]) -> Dtype:
+    """What `train.dtype=auto` would take: fp32 on a CPU, elsewhere bf16, unless it is slow as where it is emulated."""
+    if accelerator == "cpu":
+        return "fp32"
+    best = {dtype: max((rate for rate, _ in rates.values()), default=0.0) for dtype, rates in by_size.items()}
+    preferred: tuple[Dtype, ...] = ("bf16", "fp16", "fp32")
+    return next(dtype for dtype in preferred if best.get(dtype, 0) >= max(best.values()) / 2)
 
 
 def _base_bytes(device: torch.device) -> int:

@@ -26,6 +26,7 @@ from orchestrator.train.memory_copies import Copies
 from orchestrator.train.profiling import labelled
 from orchestrator.train.saver import Saver, Timing
 from orchestrator.train.stage import NOT_A_TARGET, Part, Stage, document_numbers
+from orchestrator.train.state_bytes import StateBytes, state_bytes
 from orchestrator.train.tensor_parallel import ALONE, TensorGroup
 from orchestrator.train.timing import ForwardTimer
 from orchestrator.train_config import TrainConfig
@@ -161,6 +162,10 @@ class Engine:
         if self._plan.zero_stage == 0 and self._data_rank:
             return False  # every replica holds it
         return self._stage.first or parameter is not self._stage.tied_copy
+
+    def state_bytes(self) -> StateBytes:
+        """What this rank holds of weights, gradients and optimizer states at present."""
+        return state_bytes(self._engine)
 
     # --- steps --------------------------------------------------------------------------------------------------------
 

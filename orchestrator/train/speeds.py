@@ -64,7 +64,7 @@ def matrix_flops_by_size(device: torch.device, dtype: torch.dtype) -> dict[str, 
 
 def memory_bandwidth(device: torch.device) -> Rate:
     """Bytes read and written by a copy."""
-    size = min(COPIED_BYTES[device.type], _free_bytes(device) // 8)
+    size = min(COPIED_BYTES[device.type], free_bytes(device) // 8)
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     part = size // PARTS[device.type]
@@ -110,13 +110,13 @@ def _rate(amount: float, took: list[float]) -> Rate:
 
 def _sizes(device: torch.device) -> Iterator[int]:
     """Of which three matrices in fp32 take no more than a quarter of the free memory."""
-    size, most = SMALLEST, min(LARGEST[device.type], math.isqrt(_free_bytes(device) // 4 // 12))
+    size, most = SMALLEST, min(LARGEST[device.type], math.isqrt(free_bytes(device) // 4 // 12))
     while size == SMALLEST or size <= most:
         yield size
         size *= 2
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     import psutil

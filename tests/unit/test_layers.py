@@ -40,6 +40,8 @@ ENGINE = (
     "stragglers",
     "beats",
     "stacks",
+    "state_bytes",
+    "calibration_steps",
 )
 
 

@@ -253,9 +253,16 @@ def test_each_zero_stage_splits_one_thing_more() -> None:
     stages = [memory(zero_stage=stage) for stage in (1, 2, 3)]
     whole = memory(zero_stage=3, replicas=1)
     assert [m.optimizer for m in stages] == [whole.optimizer // 4] * 3
-    assert [m.gradients for m in stages] == [whole.gradients, whole.gradients // 4, whole.gradients // 4]
+    with_last_in_bf16 = 6 * whole.gradients // 4
+    assert [m.gradients for m in stages] == [with_last_in_bf16, whole.gradients // 4, whole.gradients // 4]
     assert [m.weights for m in stages] == [whole.weights, whole.weights, whole.weights // 4]
-    assert [m.total for m in stages] == sorted((m.total for m in stages), reverse=True)
+    states = [m.weights + m.gradients + m.optimizer for m in stages]
+    assert states == sorted(states, reverse=True)
+
+
+def test_zero_3_fetches_a_small_model_as_a_whole_and_saves_nothing() -> None:
+    two, three = memory(zero_stage=2), memory(zero_stage=3)
+    assert three.buffers - two.buffers == two.weights
 
 
 def test_zero_0_keeps_no_second_copy_of_the_weights() -> None:

@@ -82,7 +82,7 @@ def test_every_loser_says_why(tmp_path: Path) -> None:
     for loser in losers:
         if loser["fits"]:
             assert loser["step_time_s"] >= best * (1 - 1e-6)
-            assert "slower" in loser["why"] or "as fast" in loser["why"]
+            assert "slow" in loser["why"] or "as fast" in loser["why"]
         else:
             assert loser["peak_memory_bytes"] > found["chosen"]["available_bytes"]
             assert "needs" in loser["why"] and "of 40.0 GiB" in loser["why"]

@@ -157,13 +157,17 @@ def _stage_memory(
 
 
 def _state_bytes(platform: Platform, layout: Layout, load: Load) -> tuple[float, float]:
-    """Of a parameter: (gradient, optimizer). Gradients add up in fp32; in bf16 with ZeRO-1 DeepSpeed keeps those of the
-    last micro-batch in bf16 beside the sum."""
-    twice = load.dtype == "bf16" and layout.zero_stage == 1 and not layout.offload
-    gradient = platform.gradient_bytes or (6 if twice else 4)
+    """Of a parameter: (gradient, optimizer). Gradients add up in fp32."""
+    gradient = platform.gradient_bytes or (6 if _of_bf16_alone(layout, load) else 4)
     if platform.bytes_per_parameter:
         return gradient, max(platform.bytes_per_parameter - load.width - gradient, 0)
     return gradient, 8 if load.dtype == "fp32" and not layout.zero_stage else 12
+
+
+def _of_bf16_alone(layout: Layout, load: Load) -> bool:
+    """Whether DeepSpeed takes an optimizer of its own, which keeps the last micro-batch's gradients in bf16 beside their
+    sum, and has no buckets to reduce those of a single replica in."""
+    return load.dtype == "bf16" and layout.zero_stage == 1 and not layout.offload
 
 
 def _reduced_elements(shape: ModelShape, layout: Layout, load: Load, parameters: int) -> int:
@@ -223,7 +227,7 @@ def _buffers(
     host_memory: bool,
 ) -> int:
     outputs = in_flight * _kept_of_a_block(shape, layout, load) if layout.pipeline_stages > 1 else 0
-    reduces = layout.zero_stage > 0 and load.data_parallel > 1
+    reduces = layout.zero_stage > 0 and (load.data_parallel > 1 or not _of_bf16_alone(layout, load))
     # DeepSpeed fills one bucket while the other is on its way, where both can go on at once: not on a CPU.
     buckets = (1 if host_memory else 2) * min(parameters, platform.bucket_elements) if reduces else 0
     fetched = 0

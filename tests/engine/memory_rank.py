@@ -27,8 +27,8 @@ from tests.engine.rank import plan_of  # noqa: E402
 
 
 def held(case: Case, values: dict[str, Any]) -> dict[str, Any]:
-    """The most bytes of each part, and `buckets` and the stage of this rank, when the activations of a micro-batch are
-    at their height, and when gradients are ready for an update."""
+    """The most bytes of each part when the activations of a micro-batch are at their height, and when gradients are
+    ready for an update; of buckets also in the backward pass; and the stage of this rank."""
     plan = plan_of(case)
     rank = dist.get_rank()
     config = config_object(values | FOR_TRAINING)
@@ -36,6 +36,9 @@ def held(case: Case, values: dict[str, Any]) -> dict[str, Any]:
     engine.start(RandomWeights(config, seed=1))
     seen: list[StateBytes] = []
     hook = engine.stage.register_forward_hook(lambda *_: seen.append(engine.state_bytes()))
+    backward: list[int] = []
+    for parameter in engine.stage.parameters():
+        parameter.register_hook(lambda _: backward.append(engine.state_bytes().buckets))
     for step in (4, 6):
         engine.step(
             share_of(step, plan.role(rank)),
@@ -46,6 +49,7 @@ def held(case: Case, values: dict[str, Any]) -> dict[str, Any]:
     return {part: max(asdict(state)[part] for state in seen) for part in asdict(seen[0])} | {
         "stage": plan.coordinates(rank)[0],
         "accumulation": plan.accumulation,
+        "buckets_in_backward": max(backward, default=0),
         "moments": [asdict(state) for state in seen],
     }
 

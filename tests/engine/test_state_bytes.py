@@ -149,6 +149,18 @@ def test_zero_3_holds_the_weights_that_it_fetches_for_the_forward_pass_until_the
         assert rank["fetched"] + rank["buckets"] == memory.buffers
 
 
+@pytest.mark.parametrize(
+    ("ranks", "dtype", "zero"),
+    [(1, "fp32", 1), (1, "fp32", 2), (1, "bf16", 1), (1, "bf16", 2), (2, "fp32", 1), (2, "fp32", 2), (2, "bf16", 2)],
+)
+def test_gradients_of_one_replica_are_put_in_a_bucket_too_but_by_zero_1_in_bf16(
+    ranks: int, dtype: str, zero: int
+) -> None:
+    case = Case(shares=(1,) * ranks, dtype=dtype, zero=zero)
+    (memory,) = predicted(case, ALIGNED)
+    assert [rank["buckets_in_backward"] for rank in of(case, ALIGNED)] == [memory.buffers] * ranks
+
+
 @pytest.mark.parametrize("zero", [2, 3])
 def test_a_gradient_that_two_ranks_share_is_held_whole_by_zero_2_in_fp32(zero: int) -> None:
     """The middle of the nine norms is that of the fifth: each rank holds half a norm more. ZeRO-3 splits every tensor

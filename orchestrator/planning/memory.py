@@ -165,7 +165,7 @@ def _state_bytes(platform: Platform, layout: Layout, load: Load) -> tuple[float,
 
 
 def _of_bf16_alone(layout: Layout, load: Load) -> bool:
-    """Whether DeepSpeed takes an optimizer of its own, which keeps the last micro-batch's gradients in bf16 beside their
+    """Whether DeepSpeed takes an optimizer of its own, which keeps gradients of the last micro-batch in bf16 beside the
     sum, and has no buckets to reduce those of a single replica in."""
     return load.dtype == "bf16" and layout.zero_stage == 1 and not layout.offload
 

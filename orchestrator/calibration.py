@@ -43,8 +43,8 @@ class Calibration:
     accelerator: str
     devices: int
     """Of the machine."""
-    memory_bytes: int | None
-    """None: a share of the host's."""
+    memory_bytes: int
+    """Of a CPU's core its share of what is free."""
     flops_by_size: Mapping[str, Mapping[str, tuple[float, float]]]
     """(best, median) a second in products of square matrices, by dtype and number of rows."""
     memory_bytes_per_s: float
@@ -118,10 +118,9 @@ def _measured(found: Calibration) -> dict[str, Any]:
         "tflops": {dtype: _rounded(best / _TERA) for dtype, (best, _) in rates.items()},
         "memory_gb_per_s": _rounded(found.memory_bytes_per_s / _GB),
         "devices_per_node": found.devices,
+        "memory_gib": _rounded(found.memory_bytes / _GIB),
         "base_memory_gib": _rounded(found.base_bytes / _GIB),
     }
-    if found.memory_bytes:
-        figures["memory_gib"] = _rounded(found.memory_bytes / _GIB)
     if found.host_link_bytes_per_s:
         figures["host_link_gb_per_s"] = _rounded(found.host_link_bytes_per_s / _GB)
     if found.device_link_bytes_per_s:

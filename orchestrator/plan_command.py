@@ -23,6 +23,7 @@ from orchestrator.planning.plan import Plan
 from orchestrator.planning.prediction import Prediction
 from orchestrator.planning.request import Space, Work, space_of, work_of
 from orchestrator.planning.shape import ModelShape, model_shape, shape_of
+from orchestrator.planning.shortage import check_workers
 from orchestrator.planning.sufficient import no_plan
 
 
@@ -88,6 +89,7 @@ def answer(recipe: Recipe, shape: ModelShape, pools: Sequence[Devices], taken: P
         PlanError: nothing fits any pool; says what would be enough.
         UserError: the recipe asks for what the model or the engine cannot do.
     """
+    check_workers(recipe.train)
     layout_of(recipe.train, shape, recipe.train.dtype)
     work, space = work_of(recipe, shape), space_of(recipe.train)
     found = [search(work, devices, space) for devices in pools]

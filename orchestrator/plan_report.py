@@ -210,6 +210,8 @@ def describe(found: Answer) -> str:
     lines += [f"DeepSpeed   {json.dumps(deepspeed(found))}"]
     if platform := _platform(devices, best):
         figures = {key: value for key, value in platform.items() if key != "sources"}
+        if devices.figures and devices.figures.source("tflops").startswith("Nominal"):
+            lines += [f"beware      {devices.name} tells no speed: these figures rank layouts and promise no times"]
         lines += [f"by figures  {json.dumps(figures)}"]
     return "\n".join(lines)
 

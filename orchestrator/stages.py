@@ -26,6 +26,7 @@ from orchestrator.hub import model_directory, pinned
 from orchestrator.model_files import check_model
 from orchestrator.planning.layout import layout_of
 from orchestrator.planning.shape import model_shape
+from orchestrator.planning.shortage import check_workers
 from orchestrator.quota import StorageWatch
 from orchestrator.runs import RunDir, open_run, run_of
 from orchestrator.train import checkpoints
@@ -77,7 +78,8 @@ def run_recipe(
             driver.check()
             done, make = _STAGES[name]
             if done(session):
-                log.info("%s: done before, skipped", name)
+                asked = name != "serve" or recipe.serving.prompts
+                log.info("%s: %s, skipped", name, "done before" if asked else "no serving.prompts to answer")
                 continue
             if not made:
                 run.log_event("driver_started")
@@ -114,6 +116,7 @@ def check_inputs(recipe: Recipe) -> list[SourceFile]:
     given = given_tokenizer(recipe)
     if given:
         check_directory(str(given))
+    check_workers(recipe.train)
     layout_of(recipe.train, model_shape(recipe, planned_vocabulary(recipe)), recipe.train.dtype)
     return files
 

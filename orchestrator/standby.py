@@ -22,6 +22,8 @@ CHANGED_S = 5.0
 """After a group for another plan."""
 MOST = 2
 """Groups of a command at a time before another stands by: the live one, and one that is going."""
+TOLD_S = 1.0
+"""After which such a wait is told."""
 UNWIND_S = 180.0
 """How long Ray Train is given, at the end of a command, to clear away after its worker groups: those that were starting
 have to start first. A thread that still waits for it when Ray is shut down ends the process with exit code 1."""
@@ -84,13 +86,27 @@ class Standby:
             self._group = None
 
     def close(self) -> None:
-        """Return when none of the groups that were started is left."""
+        """Return when none of the groups that were started is left. Ctrl-C is raised then, not before."""
+        end, interrupt = time.monotonic() + UNWIND_S, None
+        while True:
+            try:
+                self._close(end)
+                break
+            except KeyboardInterrupt as error:
+                interrupt = error
+                log.warning("all that was committed is kept; Ray has still to end workers that were starting")
+        if interrupt:
+            raise interrupt
+
+    def _close(self, end: float) -> None:
         self.dismiss()
-        end = time.monotonic() + UNWIND_S
         for group in self._started:
             if group.busy:
                 group.end()
-        for group in self._started:
+        left = [group for group in self._started if not group.unwound(TOLD_S)]
+        if left:
+            log.info("waiting for the end of workers that were to stand by")
+        for group in left:
             if not group.unwound(max(0.0, end - time.monotonic())):
                 group.end()
         storage.delete(self._run.ray_train)

@@ -278,6 +278,7 @@ def _act(run: RunDir, recipe: Recipe, ending: Ending, decision: Decision) -> Non
         RunFailed, Interrupted: as `supervise`.
     """
     if ending.outcome == "stopped":
+        log.info("stopped at step %d, its state is committed", ending.committed_step)
         raise Interrupted(f"stopped at step {ending.committed_step}, its state is committed", "run the same command")
     if decision.action == "give_up":
         hint = ending.hint or f"terrane logs {run.uri} shows the workers' last words"

@@ -116,7 +116,8 @@ class TrainConfig(Section):
     layout: LayoutConfig = LayoutConfig()
     trials: Count = 1
     """Layouts that are tried on the devices before one is settled on: the best by prediction train for five measured
-    steps each, one after the other, and the fastest goes on. No step is lost; each takes a checkpoint and a restart."""
+    steps or more each, one after the other, and the fastest goes on. No step is lost; each takes a checkpoint and a
+    restart, which shall not be dear against the run."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """sdpa takes torch's fastest kernel that fits, which is flash attention on recent GPUs."""
     keep_documents_apart: bool = False

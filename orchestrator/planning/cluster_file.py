@@ -146,7 +146,9 @@ class Pool(Section):
         told = {key: getattr(self, key) for key in _SHARED if key in self.model_fields_set}
         if "node_link_gb_per_s" in told and not self.device:
             told.setdefault("device_link_gb_per_s", None)
-        return known.model_copy(update={key: value for key, value in told.items() if key in Device.model_fields})
+        values = {key: value for key, value in told.items() if key in Device.model_fields}
+        sources = known.sources | dict.fromkeys(values, "The cluster file")
+        return known.model_copy(update={**values, "sources": sources})
 
 
 class StorageSpeed(Section):
@@ -214,9 +216,16 @@ _SECTIONS: Mapping[str, type[Section]] = {
 }
 
 
+_PLAIN = {"too_short": "give one at least", "tuple_type": "give a list", "model_type": "give keys and values"}
+"""What pydantic says in the words of Python."""
+
+
 def _explain(document: Document, error: ValidationError) -> UserError:
     messages, hint = [], ""
+    places = {item["loc"] for item in error.errors()}
     for item in error.errors():
+        if any(place[: len(item["loc"])] == item["loc"] != place for place in places):
+            continue  # what is in it is wrong
         location = tuple(str(part) for part in item["loc"])
         dotted, place = ".".join(location), document.place_of(location)
         if item["type"] == "extra_forbidden":
@@ -226,7 +235,7 @@ def _explain(document: Document, error: ValidationError) -> UserError:
         elif item["type"] == "missing":
             messages.append(f"{place} {dotted} is missing")
         else:
-            text = item["msg"].removeprefix("Value error, ")
+            text = _PLAIN.get(item["type"], item["msg"].removeprefix("Value error, "))
             value = "" if isinstance(item["input"], (dict, list)) else f"={item['input']}"
             messages.append(f"{place} {dotted}{value}: {text[0].lower()}{text[1:]}")
     return UserError("\n       ".join(messages), hint)

@@ -158,14 +158,14 @@ def device(name: str) -> Device:
     Raises:
         UserError: devices.toml has none of that name.
     """
-    known = devices()
-    if name not in known:
-        close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    known, lower = devices(), name.lower()
+    if lower not in known:
+        close = [one for one in known if one.startswith(lower)] or difflib.get_close_matches(lower, known, 1, 0.5)
         raise UserError(
             f"no device is known by the name {name}",
-            f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}",
+            f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known)}",
         )
-    return known[name]
+    return known[lower]
 
 
 @cache

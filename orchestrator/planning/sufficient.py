@@ -28,6 +28,10 @@ def no_plan(work: Work, tried: Sequence[tuple[Found, Space]]) -> PlanError:
     found, space = min(tried, key=lambda one: _lacks(*one))
     devices = found.devices
     changes = list(_changes(work, devices, space))
+    if all(space.fewest_workers > one.devices.count for one, space in tried):
+        most = max(one.devices.count for one, _ in tried)
+        message = f"train.workers asks for {space.fewest_workers} workers, and no pool has more than {most} devices"
+        return PlanError(message, f"any of these is enough: {'; '.join([f'train.workers={most}', *changes])}")
     hint = f"any of these is enough: {'; '.join(changes)}" if changes else "use a smaller model, or larger devices"
     if found.rejected:
         nearest = found.rejected[0]
@@ -42,7 +46,7 @@ def _lacks(found: Found, space: Space) -> float:
 
 def _asked(space: Space) -> str:
     told = {"tensor_parallel": space.tensor_parallel, "pipeline_stages": space.pipeline_stages}
-    told |= {"zero_stage": space.zero_stage, "workers of at least": space.fewest_workers}
+    told |= {"zero_stage": space.zero_stage, "workers.min": space.fewest_workers}
     return ", ".join(f"{name} {value}" for name, value in told.items() if value is not None)
 
 

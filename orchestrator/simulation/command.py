@@ -283,6 +283,8 @@ def _inputs_in_words(found: Answer) -> list[str]:
         + (f", taken back after {island.reclaims.mean_hours:,.0f} hours" if island.reclaims else "")
         for island in found.scenario.islands
     ]
+    if len(lines) > 1:
+        lines.append(f"islands that share every batch, with an exchange of {found.scenario.exchange_s:.3g} s a step")
     step = f"{inputs['steps']:,} steps of {inputs['step_time_s']:.3g} s ({inputs['step_time_from']})"
     standby = f", {costs.standby.total_s:.3g} s with workers that stand by" if costs.standby else ""
     save = f"a save stops training for {costs.checkpoint_s:.3g} s and is written in {costs.write_s:.3g} s"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -45,6 +46,7 @@ def measure(accelerator: Accelerator) -> Calibration:
     from orchestrator.train.calibration_steps import train_two
 
     device = torch.device(accelerator.torch_device, 0)
+    torch.set_num_threads(1)  # a CPU counts as as many devices as it has cores
     with torch.inference_mode():
         known = set(device_figures(accelerator.name).tflops)
         by_size = {
@@ -55,13 +57,15 @@ def measure(accelerator: Accelerator) -> Calibration:
         bandwidth = speeds.memory_bandwidth(device)
         base_bytes = _base_bytes(device)
         links = [_copy_rate(device, torch.device("cpu"))] if device.type == "cuda" else []
-        count = torch.cuda.device_count() if device.type == "cuda" else 1
-        between = _copy_rate(device, torch.device("cuda", 1)) if count > 1 else None
+        on_cpu = device.type == "cpu"
+        count = len(os.sched_getaffinity(0)) if on_cpu else torch.cuda.device_count()
+        memory_bytes = speeds.free_bytes(device) // count if on_cpu else torch.cuda.mem_get_info(device)[1]
+        between = None if on_cpu or count == 1 else _copy_rate(device, torch.device("cuda", 1))
     return Calibration(
         name=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         accelerator=accelerator.name,
         devices=count,
-        memory_bytes=torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None,
+        memory_bytes=memory_bytes,
         flops_by_size={dtype: rates for dtype, rates in by_size.items() if rates},
         memory_bytes_per_s=bandwidth.median,
         host_link_bytes_per_s=links[0] if links else None,

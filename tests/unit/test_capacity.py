@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from orchestrator.accelerators import NodePool
 from orchestrator.capacity import Capacity
 from orchestrator.errors import PlanError
 from orchestrator.planning.plan import Plan
+from orchestrator.runs import RunDir
 from orchestrator.standby import Standby
 from tests.unit.test_elastic import plan_on
 from tests.unit.test_planning import pool
@@ -94,3 +96,28 @@ def test_groups_that_come_to_nothing_are_started_less_and_less_often(
     pauses = [after - before for before, after in itertools.pairwise(started)]
     assert pauses[:4] == pytest.approx([31, 61, 121, 241], abs=2)
     assert pauses[-1] == pytest.approx(standby.MOST_AGAIN_S, abs=2)
+
+
+def test_ctrl_c_does_not_leave_threads_of_ray_behind(tmp_path: Path) -> None:
+    """They end the process when Ray is shut down under them."""
+    asked: list[float] = []
+
+    class Group:
+        """Its workers are starting, and somebody is impatient twice."""
+
+        busy = False
+
+        def unwound(self, timeout_s: float) -> bool:
+            asked.append(timeout_s)
+            if len(asked) in (1, 3):
+                raise KeyboardInterrupt
+            return len(asked) > 4
+
+        def end(self) -> None:
+            raise AssertionError("it has ended by itself")
+
+    waiting = Standby(RunDir(str(tmp_path)), cast(Any, None), 400, cast(Any, None))
+    waiting._started = [cast(Any, Group())]
+    with pytest.raises(KeyboardInterrupt):
+        waiting.close()
+    assert len(asked) == 5

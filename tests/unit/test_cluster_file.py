@@ -55,8 +55,9 @@ def test_cluster_file_is_read(tmp_path: Path) -> None:
         ("node_mtbf_hours: 6.3e3", "node_mtbf_hours: -1", r"cluster.yaml:10 pools.0.node_mtbf_hours=-1", ""),
         ("name: spot", "name: dcu", r"two pools are named dcu", ""),
         ("fp32: 6", "fp33: 6", r"cluster.yaml:7 pools.0.tflops.fp33", ""),
+        (GOOD, "pools: [{nodes: 3}]\n", r"name is missing\n.*devices_per_node is missing$", ""),
         ("pools:", "pools: [", r"is not YAML", ""),
-        (GOOD, "pools: []\n", r"pools: tuple should have at least 1 item", ""),
+        (GOOD, "pools: []\n", r"pools: give one at least", ""),
         (GOOD, "", r"cluster.yaml holds no cluster file", ""),
     ],
 )

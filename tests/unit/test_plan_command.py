@@ -236,7 +236,8 @@ def test_key_of_the_recipe_that_is_in_the_way_is_named(layout: str, hint: str, t
 
 def test_more_devices_than_there_are(tmp_path: Path) -> None:
     error = refused("--model", "galactica-125m", "--cluster", written(tmp_path, A100), "train.workers=100")
-    assert "can be laid" in error.message
+    assert error.message == "train.workers asks for 100 workers, and no pool has more than 16 devices"
+    assert error.hint.startswith("any of these is enough: train.workers=16; ")
     assert "13 nodes in place of 2, which are 104 devices" in error.hint
 
 
@@ -251,6 +252,7 @@ def test_more_devices_than_there_are(tmp_path: Path) -> None:
         (("--model", "galactica-125m", "--batch-size", "0"), "train.global_batch_size=0"),
         (("--model", "galactica-125m", "train.layuot=1"), "train.layuot is not a key"),
         (("--model", "galactica-125m", "--dtype", "int8"), "train.dtype="),
+        (("--model", "galactica-125m", "--batch-size", "8", "train.workers=9"), "has room for"),
         (("--model", "galactica-125m", "train.layout={pipeline_stages: 2, zero_stage: 2}"), "does not go with"),
     ],
 )
@@ -262,6 +264,18 @@ def test_device_that_nobody_knows(tmp_path: Path) -> None:
     cluster = written(tmp_path, A100.replace("a100-40", "a100-41"))
     error = refused("--model", "galactica-125m", "--cluster", cluster)
     assert "no device is known by the name a100-41" in error.message and "a100-40" in error.message
+    error = refused("--model", "galactica-125m", "--cluster", written(tmp_path, A100.replace("a100-40", "a100")))
+    assert "did you mean a100-40 or a100-80?" in error.message
+
+
+def test_a_device_is_known_in_any_case_and_one_without_a_speed_is_told(tmp_path: Path) -> None:
+    known = terrane("--model", "galactica-125m", "--cluster", written(tmp_path, A100.replace("a100-40", "A100-40")))
+    assert known.exit_code == 0 and "beware" not in known.output
+    unknown = "pools: [{name: a, nodes: 2, devices_per_node: 4, memory_gib: 16}]\n"
+    told = terrane("--model", "galactica-125m", "--cluster", written(tmp_path, unknown)).output
+    assert "beware      a tells no speed" in told
+    cluster = written(tmp_path, unknown.replace("nodes: 2", "nodes: 2, tflops: {bf16: 300}"))
+    assert "beware" not in terrane("--model", "galactica-125m", "--cluster", cluster).output
 
 
 def test_dtype_without_a_known_speed(tmp_path: Path) -> None:

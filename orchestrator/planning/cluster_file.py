@@ -146,7 +146,8 @@ class Pool(Section):
         told = {key: getattr(self, key) for key in _SHARED if key in self.model_fields_set}
         if "node_link_gb_per_s" in told and not self.device:
             told.setdefault("device_link_gb_per_s", None)
-        values = {key: value for key, value in told.items() if key in Device.model_fields}
+        among = {key: value for key, value in told.items() if key in Device.model_fields}
+        values = {key: value for key, value in among.items() if value != getattr(known, key)}
         sources = known.sources | dict.fromkeys(values, "The cluster file")
         return known.model_copy(update={**values, "sources": sources})
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ from orchestrator.accelerators import Node, NodePool
 from orchestrator.errors import RunFailed, UserError
 
 OBJECT_STORE_BYTES = 256 * 2**20
+REMOVAL_S = 5.0
 
 
 @contextmanager
@@ -60,7 +62,15 @@ def connection(address: str | None) -> Iterator[None]:
         with _disconnecting():
             yield
     finally:
+        _remove(folder)
+
+
+def _remove(folder: str) -> None:
+    """Ray's processes may write there for a moment yet, above all where its end was interrupted."""
+    end = time.monotonic() + REMOVAL_S
+    while os.path.exists(folder) and time.monotonic() < end:
         shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.1)
 
 
 @contextmanager

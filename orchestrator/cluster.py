@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from orchestrator import accelerators
@@ -68,7 +69,7 @@ def connection(address: str | None) -> Iterator[None]:
 def _remove(folder: str) -> None:
     """Ray's processes may write there for a moment yet, above all where its end was interrupted."""
     end = time.monotonic() + REMOVAL_S
-    while os.path.exists(folder) and time.monotonic() < end:
+    while Path(folder).exists() and time.monotonic() < end:
         shutil.rmtree(folder, ignore_errors=True)
         time.sleep(0.1)
 

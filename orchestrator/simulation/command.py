@@ -318,8 +318,10 @@ def _counts(endings: dict[str, float]) -> str:
 
 def _advice(found: Answer) -> list[str]:
     best = found.best_interval
+    longer = "longer than the run, whose end alone is saved"
+    every = f"train.checkpoint_every={best.steps}" if best.steps < found.scenario.steps else longer
     lines = [
-        f"best checkpoint interval  {duration(best.interval_s)} (train.checkpoint_every={best.steps}): "
+        f"best checkpoint interval  {duration(best.interval_s)} ({every}): "
         f"goodput {best.goodput:.2%}; the closed form says {duration(best.closed_form_s)}"
     ]
     first = found.scenario.islands[0]

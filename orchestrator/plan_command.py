@@ -89,8 +89,8 @@ def answer(recipe: Recipe, shape: ModelShape, pools: Sequence[Devices], taken: P
         PlanError: nothing fits any pool; says what would be enough.
         UserError: the recipe asks for what the model or the engine cannot do.
     """
-    check_workers(recipe.train)
     layout_of(recipe.train, shape, recipe.train.dtype)
+    check_workers(recipe.train)
     work, space = work_of(recipe, shape), space_of(recipe.train)
     found = [search(work, devices, space) for devices in pools]
     fitting = sorted((one for one in found if one.best), key=lambda one: one.best[0].rank)

@@ -116,8 +116,8 @@ def check_inputs(recipe: Recipe) -> list[SourceFile]:
     given = given_tokenizer(recipe)
     if given:
         check_directory(str(given))
-    check_workers(recipe.train)
     layout_of(recipe.train, model_shape(recipe, planned_vocabulary(recipe)), recipe.train.dtype)
+    check_workers(recipe.train)
     return files
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -34,11 +35,14 @@ def hanging(folder: Path) -> Iterator[dict[str, int]]:
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
     ) as parent:
         assert parent.stdout and parent.stdin
         yield json.loads(parent.stdout.readline())
         parent.stdin.close()
         assert parent.wait(DEADLINE_S) == 0
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(parent.pid, signal.SIGKILL)  # what hangs outlives its parent
 
 
 @pytest.fixture(scope="module")
